@@ -1,0 +1,123 @@
+"""The Distiller: a two-block SwiGLU network that learns, while an LLM decodes, to predict h^L from h¹.
+
+    eq.  3    ĥ = f_φ(h¹)                                          `Distiller.predict`
+    eq. 10    mean over live rows of ‖h^L − f_φ(h¹)‖²              `loss`
+    E.2       two gated blocks, each x + down(silu(gate x) ⊙ up x), D → 384 → D      `Distiller.predict`
+    E.2       Adam, lr 4e-4, ε 1e-4, gradient norm clipped to 0.5, per Distiller     `Distiller.train`
+
+The P Distillers of P prompts are one batched module: every product is a batched one, and nothing (loss, clip norm,
+moments, step count) crosses from one Distiller to another. All start from the same seeded weights, so what a prompt
+gets does not depend on its neighbours. One Distiller for a whole batch is P = 1.
+
+Shapes: P Distillers, K rows of each, D width of the LLM, R inner width. Everything is fp32 whatever the LLM's dtype:
+a step of 1e-3 on a bf16 weight near 1 rounds to nothing. Knows nothing of time: `train_async` decides when.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+BLOCKS = 2
+BETA1, BETA2, EPS = 0.9, 0.999, 1e-4                    # Adam's; ε is the paper's (E.2)
+CLIP_NORM = 0.5                                         # of one Distiller's whole gradient (E.2)
+SCOPES = ("prompt", "batch")
+
+
+def at_least_one(name, value):
+    """ValueError unless value is a whole number of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is {value!r}; accepted: whole numbers from 1")
+
+
+@dataclass(frozen=True)
+class DistillerConfig:
+    """The Distiller's knobs; a ValueError names the one out of range."""
+
+    width: int = field(default=384, metadata={"help": "inner width R of the Distiller's blocks"})
+    lr: float = field(default=4e-4, metadata={"help": "the Distiller's Adam learning rate"})
+    scope: str = field(default="prompt", metadata={"help": "one Distiller per prompt, or one per batch of prompts"})
+    train_every: int = field(default=1, metadata={"help": "steps whose pairs share one update of the Distiller"})
+    seed: int = 0
+    zero_init: bool = False                             # down = 0, so that f starts as the identity
+
+    def __post_init__(self):
+        at_least_one("width", self.width)
+        at_least_one("train_every", self.train_every)
+        if not (isinstance(self.lr, (int, float)) and 0 < self.lr < math.inf):
+            raise ValueError(f"lr is {self.lr!r}; accepted: finite numbers above 0")
+        if self.scope not in SCOPES:
+            raise ValueError(f"scope is {self.scope!r}; accepted: {', '.join(SCOPES)}")
+
+    def bytes(self, width_D):
+        """Bytes of one Distiller for an LLM of width D: weights, Adam's two moments, the gradient; all fp32."""
+        return 4 * 4 * BLOCKS * 3 * width_D * self.width
+
+
+def loss(deep_PKD, predicted_PKD, live_PK):
+    """Σ_live ‖h^L − ĥ‖² / (number of live rows), per Distiller (eq. 10): (P,); 0 where no row is live.
+
+    The squared error is summed over D, not averaged: only so does the clip at norm 0.5 act.
+    """
+    error_PK = (deep_PKD - predicted_PKD).square().sum(-1)
+    return torch.where(live_PK, error_PK, 0).sum(-1) / live_PK.sum(-1).clamp(min=1)
+
+
+class Distiller(nn.Module):
+    """P Distillers with their Adam state. `step_P` counts each one's updates."""
+
+    def __init__(self, config, prompts, width_D, device="cpu", dtype=torch.float32):
+        super().__init__()
+        source, R = torch.Generator().manual_seed(config.seed), config.width
+
+        def weight(rows, columns, zero=False):          # PyTorch's Linear init: U(−1/√columns, 1/√columns)
+            values = torch.rand(rows, columns, generator=source, dtype=torch.float64) * 2 - 1
+            values = values * 0 if zero else values / math.sqrt(columns)
+            return nn.Parameter(values.to(device, dtype).repeat(prompts, 1, 1))
+
+        self.gate_up, self.down = nn.ParameterList(), nn.ParameterList()
+        for _ in range(BLOCKS):
+            self.gate_up.append(weight(2 * R, width_D))          # (P, 2R, D): gate above up
+            self.down.append(weight(width_D, R, config.zero_init))
+        self.lr = config.lr
+        self.first = [torch.zeros_like(p) for p in self.parameters()]
+        self.second = [torch.zeros_like(p) for p in self.parameters()]
+        self.step_P = torch.zeros(prompts, dtype=torch.int64, device=device)
+
+    def predict(self, shallow_PKD):
+        """ĥ = f_φ(h¹): two blocks of x + down(silu(gate x) ⊙ up x), each Distiller on its own rows (eq. 3)."""
+        x_PKD = shallow_PKD
+        for gate_up, down in zip(self.gate_up, self.down, strict=True):
+            gate_PKR, up_PKR = (x_PKD @ gate_up.mT).chunk(2, dim=-1)
+            x_PKD = x_PKD + (F.silu(gate_PKR) * up_PKR) @ down.mT
+        return x_PKD
+
+    def train(self, shallow_PKD, deep_PKD, live_PK):
+        """One Adam step of every Distiller on its live pairs (eq. 10); writes φ, returns the loss before it (P,).
+
+        A Distiller without a live row is left as it was, bit for bit, step count included.
+        """
+        with torch.enable_grad():
+            loss_P = loss(deep_PKD, self.predict(shallow_PKD), live_PK)
+            gradients = torch.autograd.grad(loss_P.sum(), list(self.parameters()))
+        self._adam(gradients, live_PK.any(-1))
+        return loss_P.detach()
+
+    @torch.no_grad()
+    def _adam(self, gradients, active_P):
+        """φ ← φ − lr · m̂ / (√v̂ + ε) after clipping each Distiller's gradient to norm 0.5; idle ones weigh 0."""
+        norm_P = torch.stack([g.square().sum((1, 2)) for g in gradients]).sum(0).sqrt()
+        scale_P11 = (CLIP_NORM / (norm_P + 1e-6)).clamp(max=1)[:, None, None]
+        self.step_P += active_P
+        active_P11 = active_P.to(norm_P.dtype)[:, None, None]
+        seen_P11 = self.step_P.clamp(min=1).to(norm_P.dtype)[:, None, None]
+        correct1_P11 = -torch.expm1(seen_P11 * math.log(BETA1))          # 1 − β₁^step
+        correct2_P11 = -torch.expm1(seen_P11 * math.log(BETA2))
+        for weight, gradient, first, second in zip(self.parameters(), gradients, self.first, self.second, strict=True):
+            gradient = gradient * scale_P11
+            first.lerp_(gradient, (1 - BETA1) * active_P11)
+            second.lerp_(gradient.square(), (1 - BETA2) * active_P11)
+            update = (first / correct1_P11) / ((second / correct2_P11).sqrt() + EPS)
+            weight.sub_(self.lr * active_P11 * update)

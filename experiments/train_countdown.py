@@ -1,0 +1,148 @@
+"""Trains the bundled checkpoint, `checkpoints/countdown/`, from scratch with this project's own `Model.forward`.
+
+    python -m experiments.train_countdown --out checkpoints/countdown
+
+A 0.86M-parameter Qwen3-style model (query heads share kv heads, q/k norms), a character tokenizer, problems made
+on the fly. Muon on the matrices, AdamW on embeddings, head and norms, both with a linear decay to zero; fp32 on a CPU,
+bf16 autocast on a GPU. Seeded: step s draws its batch from (seed, s) alone, so a resumed run sees the same problems. Progress goes
+to stderr; `train_state.pt` beside the output (written by this script for this script, and removed at the end) lets a
+killed run go on where it was.
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+from experiments import countdown
+from model import Model, ModelConfig
+
+SPECIAL = ["<unk>", "<s>", "</s>"]
+VOCABULARY = SPECIAL + list("0123456789+-*/=,>:")
+ID = {token: i for i, token in enumerate(VOCABULARY)}
+BOS, EOS = ID["<s>"], ID["</s>"]
+PROMPT_LENGTH = 9                                       # BOS and eight characters
+FOLD_SHARE = 0.7
+CONFIG = dict(
+    architectures=["Qwen3ForCausalLM"], model_type="qwen3", vocab_size=len(VOCABULARY), hidden_size=128,
+    intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+    max_position_embeddings=64, rms_norm_eps=1e-6, rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+    tie_word_embeddings=False, attention_bias=False, hidden_act="silu", use_sliding_window=False,
+    bos_token_id=BOS, eos_token_id=EOS, dtype="float32")
+
+
+def tokenizer():
+    """One token per character, BOS in front; an unknown character becomes <unk>."""
+    text = Tokenizer(models.WordLevel(ID, unk_token="<unk>"))
+    text.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    text.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    text.decoder = decoders.Fuse()
+    text.add_special_tokens(SPECIAL)
+    return text
+
+
+def batch(seed, step, size):
+    """The problems of one step: (size, L) ids padded with EOS; a pure function of (seed, step)."""
+    source = random.Random(f"countdown {seed} {step}")
+    lines = ["".join(countdown.problem(source, countdown.TRAIN_MULTISETS, FOLD_SHARE)) for _ in range(size)]
+    ids = [[BOS] + [ID[c] for c in line] + [EOS] for line in lines]
+    longest = max(map(len, ids))
+    return torch.tensor([row + [EOS] * (longest - len(row)) for row in ids])
+
+
+def answer_loss(model, token_BL):
+    """Mean cross-entropy of the answer's tokens and its EOS, given the prompt."""
+    logits_BLV = model(token_BL[:, :-1])[:, PROMPT_LENGTH - 1:]
+    target_BL = token_BL[:, PROMPT_LENGTH:].clone()
+    target_BL[:, 1:][target_BL[:, :-1] == EOS] = -100           # the padding behind the first EOS
+    return F.cross_entropy(logits_BLV.flatten(0, 1), target_BL.flatten(), ignore_index=-100)
+
+
+def fresh_model(seed, device):
+    """Seeded weights: N(0, 0.02²) for the embedding, PyTorch's own init for the rest."""
+    torch.manual_seed(seed)
+    model = Model(ModelConfig.from_dict(CONFIG))
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.02)
+    return model.to(device)
+
+
+def optimizers(model):
+    """Muon for the blocks' matrices, AdamW for everything else."""
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in name]
+    rest = [p for name, p in model.named_parameters() if not (p.dim() == 2 and ".layers." in name)]
+    return [torch.optim.Muon(matrices, lr=0.02, weight_decay=0.01, adjust_lr_fn="original"),
+            torch.optim.AdamW(rest, lr=3e-3, weight_decay=0.0)]
+
+
+def train(args):
+    """Runs `args.steps` steps, or goes on with the run that `train_state.pt` holds; returns (model, seconds)."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, state_file = fresh_model(args.seed, device), Path(args.out) / "train_state.pt"
+    opts, start, spent_s = optimizers(model), 0, 0.0
+    rates = [group["lr"] for opt in opts for group in opt.param_groups]
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        model.load_state_dict(state["model"])
+        for opt, saved in zip(opts, state["opts"], strict=True):
+            opt.load_state_dict(saved)
+        start, spent_s = state["step"], state["spent_s"]
+    began = time.monotonic() - spent_s
+    for step in range(start, args.steps):
+        for group, rate in zip((g for opt in opts for g in opt.param_groups), rates, strict=True):
+            group["lr"] = rate * min((step + 1) / 50, 1 - step / args.steps)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = answer_loss(model, batch(args.seed, step, args.batch).to(device))
+        loss.backward()
+        for opt in opts:
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+        spent_s = time.monotonic() - began
+        if (step + 1) % 50 == 0:
+            left_s = spent_s / (step + 1) * (args.steps - step - 1)
+            print(f"step {step + 1}/{args.steps}  loss {loss.item():.4f}  {spent_s:.0f} s, {left_s:.0f} s left",
+                  file=sys.stderr, flush=True)
+        if (step + 1) % 200 == 0:
+            torch.save(dict(model=model.state_dict(), opts=[o.state_dict() for o in opts], step=step + 1,
+                            spent_s=spent_s), state_file.with_suffix(".part"))
+            state_file.with_suffix(".part").replace(state_file)
+    return model, spent_s
+
+
+def write(folder, model):
+    """The checkpoint in Hugging Face layout, weights last."""
+    dump = {"config.json": CONFIG,
+            "generation_config.json": dict(bos_token_id=BOS, eos_token_id=EOS),
+            "tokenizer_config.json": dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>", eos_token="</s>",
+                                          unk_token="<unk>", clean_up_tokenization_spaces=False, model_max_length=64)}
+    for name, content in dump.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    tokenizer().save(str(folder / "tokenizer.json"))
+    save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, folder / "model.safetensors",
+              metadata={"format": "pt"})
+
+
+def main(argv=None):
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="folder to write the checkpoint to")
+    parser.add_argument("--steps", type=int, default=2400, help="optimizer steps (default 2400)")
+    parser.add_argument("--batch", type=int, default=256, help="problems per step (default 256)")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the problems (default 0)")
+    args = parser.parse_args(argv)
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    model, spent_s = train(args)
+    write(folder, model)
+    (folder / "train_state.pt").unlink(missing_ok=True)
+    print(f"{args.steps} steps of {args.batch} problems in {spent_s:.0f} s → {folder}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,511 @@
+"""A Llama / Qwen2 / Qwen3 forward pass in Hugging Face's names, cut where ESamp taps it.
+
+    token ──► embedding ──► block 0 ──► h¹ ──► blocks 1 … N−1 ──► final RMSNorm ──► h^L ──► lm_head ──► logits
+              └──────── lower ───────┘        └────────────── upper ───────────────┘      └─ head ─┘
+
+    h¹  (shallow)  `Model.lower`    the residual stream after the first block: the Distiller's input
+    h^L (deep)     `Model.upper`    the final norm's *output*, so that the head is linear in it: its target
+    W h (logits)   `Model.head`     one frozen matrix for both h^L and the Distiller's ĥ (paper, eqs. 4 and 5)
+
+Shapes: B rows, L new positions, M cache slots, N layers, D width, H query heads, G kv heads, E head size,
+V vocabulary. Every method that takes token_BL or x_BLD also takes one position per row (token_B, x_BD).
+
+Dtypes: weights and activations have the dtype the model was loaded with; RMSNorm statistics, rotary angles and
+the returned logits are fp32 (fp64 for an fp64 model).
+
+Does not include: sliding windows, mixture of experts, quantised weights, RoPE other than default, linear and
+llama3, training-time dropout. What is not implemented is refused by name, never approximated.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+# ------------------------------------------------------------------------------
+# config.json
+# ------------------------------------------------------------------------------
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+ROPE_TYPES = ("default", "linear", "llama3")
+QWEN_DEFAULTS = dict(vocab_size=151936, hidden_size=4096, intermediate_size=22016, num_hidden_layers=32,
+                     num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=32768)
+FAMILY_DEFAULTS = {                                     # what Hugging Face assumes for a key that is not there
+    "llama": dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+                  num_attention_heads=32, num_key_value_heads=None, head_dim=None, max_position_embeddings=2048),
+    "qwen2": QWEN_DEFAULTS | dict(head_dim=None),
+    "qwen3": QWEN_DEFAULTS | dict(head_dim=128),
+}
+
+
+def read_json(path):
+    """The JSON object in a file; ValueError or OSError in one line that names the file."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}; expected a JSON object")
+    return value
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a model, in config.json's names; `ModelConfig.read(folder)` makes one from a checkpoint."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False                        # biases on q, k, v and o (Qwen2 has them on q, k, v only)
+    mlp_bias: bool = False
+    rope_type: str = "default"
+    rope_theta: float = 10000.0
+    rope_factor: float = 1.0                            # linear and llama3
+    rope_low_freq_factor: float = 1.0                   # llama3 from here on
+    rope_high_freq_factor: float = 4.0
+    rope_original_context: int = 8192
+    dtype: torch.dtype | None = None                    # of the checkpoint; None: whatever its tensors have
+
+    def __post_init__(self):
+        if self.model_type not in FAMILY_DEFAULTS:
+            raise ValueError(f"model_type {self.model_type!r} is not implemented; accepted: {', '.join(FAMILY_DEFAULTS)}")
+        if self.rope_type not in ROPE_TYPES:
+            raise ValueError(f"RoPE type {self.rope_type!r} is not implemented; accepted: {', '.join(ROPE_TYPES)}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if field.type is int and not (whole and value > 0):
+                raise ValueError(f"{field.name} is {value!r}; expected a whole number of at least 1")
+            if field.type is float and not ((whole or isinstance(value, float)) and 0 < value < math.inf):
+                raise ValueError(f"{field.name} is {value!r}; expected a positive number")
+            if field.type is bool and not isinstance(value, bool):
+                raise ValueError(f"{field.name} is {value!r}; expected true or false")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                             f"num_key_value_heads {self.num_key_value_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary embeddings need an even one")
+        if self.rope_type == "llama3" and self.rope_high_freq_factor <= self.rope_low_freq_factor:
+            raise ValueError(f"llama3 RoPE: high_freq_factor {self.rope_high_freq_factor} must exceed "
+                             f"low_freq_factor {self.rope_low_freq_factor}")
+
+    @classmethod
+    def read(cls, folder):
+        """The config of a checkpoint folder; ValueError or OSError names the file and the value at fault."""
+        path = Path(folder) / "config.json"
+        if not Path(folder).is_dir():
+            raise ValueError(f"model folder {str(folder)!r} " + ("is a file, not a folder" if Path(folder).exists() else
+                             "does not exist") + "; expected a folder with config.json and *.safetensors")
+        if not path.is_file():
+            raise ValueError(f"{folder} has no config.json; expected a Hugging Face checkpoint folder")
+        try:
+            return cls.from_dict(read_json(path))
+        except ValueError as error:
+            raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, raw):
+        """The config from config.json's content, in either spelling of RoPE and dtype; see `read`."""
+        family = raw.get("model_type")
+        if not isinstance(family, str) or family not in FAMILY_DEFAULTS:
+            raise ValueError(f"model_type {family!r} is not implemented; accepted: {', '.join(FAMILY_DEFAULTS)}")
+        refuse_unimplemented(raw)
+        values = {name: raw.get(name, default) for name, default in FAMILY_DEFAULTS[family].items()}
+        if values["num_key_value_heads"] is None:
+            values["num_key_value_heads"] = values["num_attention_heads"]
+        if values["head_dim"] is None:
+            width, heads = values["hidden_size"], values["num_attention_heads"]
+            if not (isinstance(width, int) and isinstance(heads, int) and heads > 0 and width % heads == 0):
+                raise ValueError(f"hidden_size {width!r} is not a multiple of num_attention_heads {heads!r}")
+            values["head_dim"] = width // heads
+        for name in ("rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias"):
+            if raw.get(name) is not None:
+                values[name] = raw[name]
+        return cls(model_type=family, dtype=read_dtype(raw), **read_rope(raw, values), **values)
+
+
+def refuse_unimplemented(raw):
+    """ValueError for a config.json whose model we would run wrongly."""
+    if raw.get("quantization_config"):
+        raise ValueError("quantization_config is set; quantised weights are not implemented (fp32, fp16, bf16 are)")
+    if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ()):
+        raise ValueError("a sliding window is in use; only full attention is implemented")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act {raw['hidden_act']!r} is not implemented; accepted: silu")
+
+
+def read_dtype(raw):
+    """torch.dtype of `dtype` (new spelling) or `torch_dtype` (old); None where neither is given."""
+    name = raw.get("dtype") or raw.get("torch_dtype")
+    if name is not None and name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is not implemented; accepted: {', '.join(DTYPES)}")
+    return DTYPES.get(name)
+
+
+def read_rope(raw, values):
+    """The rope_* fields from `rope_parameters` (new spelling) or `rope_theta` + `rope_scaling` (old)."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"the RoPE parameters are {rope!r}; expected an object")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ROPE_TYPES:
+        raise ValueError(f"RoPE type {kind!r} is not implemented; accepted: {', '.join(ROPE_TYPES)}")
+    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1, 1.0):
+        raise ValueError("partial_rotary_factor is not implemented; accepted: 1")
+    found = {"rope_type": kind, "rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10000.0))}
+    needed = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+    for name in needed[kind]:
+        if name not in rope:
+            raise ValueError(f"{kind} RoPE needs {name!r}, which is missing")
+        found[f"rope_{name}"] = rope[name]
+    if kind == "llama3":
+        default = values["max_position_embeddings"]
+        found["rope_original_context"] = rope.get("original_max_position_embeddings", default)
+    return found
+
+
+# ------------------------------------------------------------------------------
+# the parts of a block
+# ------------------------------------------------------------------------------
+
+def rope_frequencies(config):
+    """1/θ^(2i/E) for i < E/2, stretched as config.rope_type says: fp32 (E/2,), radians per position."""
+    i = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float()
+    frequency = 1.0 / config.rope_theta ** (i / config.head_dim)
+    if config.rope_type == "linear":
+        return frequency / config.rope_factor
+    if config.rope_type == "llama3":                    # long waves stretched, short ones kept, a ramp between
+        turns = config.rope_original_context * frequency / (2 * math.pi)
+        low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        return keep * frequency + (1 - keep) * frequency / config.rope_factor
+    return frequency
+
+
+def rotate(x_BHLE, cos_BLE, sin_BLE):
+    """Rotary embedding in the half-split layout of Hugging Face: component i turns with component i + E/2.
+
+        half-split (here)    x = [a₀ a₁ a₂ … | b₀ b₁ b₂ …]     pair i = (x[i], x[i + E/2])
+        interleaved (Meta)   x = [a₀ b₀ a₁ b₁ a₂ b₂ …]         pair i = (x[2i], x[2i + 1])
+    """
+    a, b = x_BHLE.chunk(2, dim=-1)
+    return x_BHLE * cos_BLE[:, None] + torch.cat((-b, a), dim=-1) * sin_BLE[:, None]
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean x² + ε) · weight, statistics in fp32, the cast back before the weight as Hugging Face does."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):
+        """Normalises the last axis; any leading shape."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention: query head h reads kv head h // (H/G)."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        D, E, H, G = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        bias = config.attention_bias or config.model_type == "qwen2"
+        self.layer, self.head_dim = layer, E
+        self.q_proj = nn.Linear(D, H * E, bias=bias)
+        self.k_proj = nn.Linear(D, G * E, bias=bias)
+        self.v_proj = nn.Linear(D, G * E, bias=bias)
+        self.o_proj = nn.Linear(H * E, D, bias=config.attention_bias and config.model_type != "qwen2")
+        qk_norm = config.model_type == "qwen3"
+        self.q_norm = RMSNorm(E, config.rms_norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(E, config.rms_norm_eps) if qk_norm else nn.Identity()
+
+    def forward(self, x_BLD, rope, place, cache):
+        """Attends to everything up to each position; appends the new keys and values to the cache, if any."""
+        q_BHLE = rotate(self.q_norm(self.q_proj(x_BLD).unflatten(-1, (-1, self.head_dim))).transpose(1, 2), *rope)
+        k_BGLE = rotate(self.k_norm(self.k_proj(x_BLD).unflatten(-1, (-1, self.head_dim))).transpose(1, 2), *rope)
+        v_BGLE = self.v_proj(x_BLD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        if cache is not None:
+            k_BGLE, v_BGLE = cache.write(self.layer, k_BGLE, v_BGLE, place)
+        mask = None if place.seen_BLM is None else place.seen_BLM[:, None]
+        mixed_BHLE = F.scaled_dot_product_attention(q_BHLE, k_BGLE, v_BGLE, attn_mask=mask, is_causal=mask is None,
+                                                    enable_gqa=True)
+        return self.o_proj(mixed_BHLE.transpose(1, 2).flatten(-2))
+
+
+class MLP(nn.Module):
+    """down(silu(gate x) ⊙ up x)."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, F_, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(D, F_, bias=bias)
+        self.up_proj = nn.Linear(D, F_, bias=bias)
+        self.down_proj = nn.Linear(F_, D, bias=bias)
+
+    def forward(self, x):
+        """Any leading shape."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then x + MLP(norm x)."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BLD, rope, place, cache):
+        """One block of the residual stream."""
+        x_BLD = x_BLD + self.self_attn(self.input_layernorm(x_BLD), rope, place, cache)
+        return x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
+
+
+# ------------------------------------------------------------------------------
+# the cache
+# ------------------------------------------------------------------------------
+
+@dataclass
+class Place:
+    """Where L new tokens of each row sit: their slots, and which slots each may see (None: causal from slot 0)."""
+
+    slot_BL: torch.Tensor
+    seen_BLM: torch.Tensor | None
+
+
+class KVCache:
+    """Keys and values of every layer. Row b's i-th token sits in slot i, whatever its neighbours' lengths.
+
+        slot       0    1    2    3    4    5           position_B   the row's next free slot, on the device
+        row 0    [ The  cat  sat  down ·    ·  ]        4
+        row 1    [ A    dog  ·    ·    ·    ·  ]        2
+        filled = 4 slots on the host: no row reaches further, so attention reads no more of the allocation
+    """
+
+    def __init__(self, config, rows, slots, device, dtype):
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, slots, config.head_dim)
+        self.k_NBGME = torch.zeros(shape, device=device, dtype=dtype)
+        self.v_NBGME = torch.zeros(shape, device=device, dtype=dtype)
+        self.position_B = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.row_B1 = torch.arange(rows, device=device)[:, None]
+        self.filled = 0
+
+    def place(self, length):
+        """The `Place` of the next `length` tokens of every row."""
+        slots = self.k_NBGME.shape[3]
+        if self.filled + length > slots:
+            raise ValueError(f"{self.filled} + {length} tokens do not fit into a cache of {slots} slots")
+        slot_BL = self.position_B[:, None] + torch.arange(length, device=self.position_B.device)
+        if self.filled == 0:
+            return Place(slot_BL, None)
+        return Place(slot_BL, torch.arange(self.filled + length, device=slot_BL.device) <= slot_BL[:, :, None])
+
+    def write(self, layer, k_BGLE, v_BGLE, place):
+        """Writes one layer's new keys and values; returns all that the rows may look at, (B, G, filled + L, E)."""
+        live = self.filled + k_BGLE.shape[2]
+        self.k_NBGME[layer][self.row_B1, :, place.slot_BL] = k_BGLE.transpose(1, 2).to(self.k_NBGME.dtype)
+        self.v_NBGME[layer][self.row_B1, :, place.slot_BL] = v_BGLE.transpose(1, 2).to(self.v_NBGME.dtype)
+        return self.k_NBGME[layer, :, :, :live], self.v_NBGME[layer, :, :, :live]
+
+    def advance(self, length):
+        """Every row has `length` more tokens."""
+        self.position_B = self.position_B + length
+        self.filled += length
+
+    def repeat(self, samples, length_P, slots):
+        """The cache of `samples` rows per prompt, with room for `slots`: what `length_P` says is prompt is copied
+        and the padding behind it forgotten."""
+        N, P, G, _, E = self.k_NBGME.shape
+        wider = object.__new__(KVCache)
+        wider.k_NBGME = self.k_NBGME.new_zeros(N, P * samples, G, slots, E)
+        wider.v_NBGME = self.v_NBGME.new_zeros(N, P * samples, G, slots, E)
+        for old, new in ((self.k_NBGME, wider.k_NBGME), (self.v_NBGME, wider.v_NBGME)):
+            new.view(N, P, samples, G, slots, E)[..., :self.filled, :] = old[:, :, None, :, :self.filled]
+        wider.position_B = length_P.repeat_interleave(samples)
+        wider.row_B1 = torch.arange(P * samples, device=length_P.device)[:, None]
+        wider.filled = self.filled
+        return wider
+
+
+# ------------------------------------------------------------------------------
+# the model
+# ------------------------------------------------------------------------------
+
+class Model(nn.Module):
+    """A decoder-only transformer; parameter names are those of the checkpoint."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.frequency = rope_frequencies(config)
+
+    def _apply(self, fn, recurse=True):
+        """Follows the parameters to another device, but never to a coarser dtype: angles are fp32."""
+        super()._apply(fn, recurse)
+        self.frequency = self.frequency.to(self.head_weight.device)
+        return self
+
+    @property
+    def head_weight(self):
+        """W (V, D): lm_head's own matrix, or the embedding where the two are tied."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def _run(self, x_BLD, layers, cache):
+        """x through some blocks; positions come from the cache, or count from 0 without one."""
+        length = x_BLD.shape[1]
+        if cache is None:
+            place = Place(torch.arange(length, device=x_BLD.device)[None], None)
+        else:
+            place = cache.place(length)
+        angle_BLE = (place.slot_BL[..., None] * self.frequency).repeat(1, 1, 2)
+        rope = angle_BLE.cos().to(x_BLD.dtype), angle_BLE.sin().to(x_BLD.dtype)
+        for layer in layers:
+            x_BLD = layer(x_BLD, rope, place, cache)
+        return x_BLD
+
+    def lower(self, token_BL, cache=None):
+        """h¹ = block 0 of the embedded tokens: (B, L) ids → (B, L, D). Writes layer 0 of the cache."""
+        if token_BL.dim() == 1:
+            return self.lower(token_BL[:, None], cache)[:, 0]
+        return self._run(self.model.embed_tokens(token_BL), self.model.layers[:1], cache)
+
+    def upper(self, shallow_BLD, cache=None):
+        """h^L = norm(blocks 1 … N−1 of h¹): (B, L, D) → (B, L, D). Writes the other layers and moves the cache on."""
+        if shallow_BLD.dim() == 2:
+            return self.upper(shallow_BLD[:, None], cache)[:, 0]
+        deep_BLD = self.model.norm(self._run(shallow_BLD, self.model.layers[1:], cache))
+        if cache is not None:
+            cache.advance(shallow_BLD.shape[1])
+        return deep_BLD
+
+    def head(self, x_D):
+        """logits = W x, linear in x (eqs. 4, 5): (…, D) → fp32 (…, V); x is cast to W's dtype first."""
+        logits_V = F.linear(x_D.to(self.head_weight.dtype), self.head_weight)
+        return logits_V.to(torch.promote_types(logits_V.dtype, torch.float32))
+
+    def forward(self, token_BL, cache=None):
+        """head(upper(lower(tokens))): (B, L) ids → (B, L, V) logits; differentiable without a cache."""
+        return self.head(self.upper(self.lower(token_BL, cache), cache))
+
+
+# ------------------------------------------------------------------------------
+# the checkpoint
+# ------------------------------------------------------------------------------
+
+def find(name):
+    """The folder of a model given as a folder or as `Org/Name` on the Hugging Face hub (cache first, then download).
+
+    Only config, tokenizer and safetensors files are fetched; offline and absent is a ValueError.
+    """
+    if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)):
+        return Path(name)
+    import huggingface_hub                              # two seconds to import, and only needed here
+    wanted = ["*.json", "*.safetensors", "*.jinja"]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, local_files_only=True))
+    except (OSError, ValueError):
+        pass
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:                          # the client raises many kinds, none of them ours
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{name!r} is no folder here, not in the local Hugging Face cache, and could not be "
+                         f"downloaded ({reason})") from None
+
+
+def weight_files(folder):
+    """The safetensors files of a checkpoint, and the tensor names its index promises (empty without an index)."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"], set()
+    if not index.is_file():
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        raise ValueError(f"{folder} has no model.safetensors" + (f" but the pickle {pickles[0]}, which is never loaded: "
+                         "convert it to safetensors" if pickles else " and no model.safetensors.index.json"))
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
+        raise ValueError(f"{index}: weight_map is missing or malformed; expected tensor name → file name")
+    for name in sorted(set(names.values())):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{index} names {name!r}; expected a .safetensors file beside the index")
+        if not (folder / name).is_file():
+            raise ValueError(f"{index} names {name}, which is not there")
+    return [folder / name for name in sorted(set(names.values()))], set(names)
+
+
+def load(folder, device="cpu", dtype=None):
+    """The model of a checkpoint folder, its weights frozen, tensor by tensor straight to the device.
+
+    dtype None keeps the checkpoint's. Every tensor is accounted for, both ways: a missing, unexpected, misshapen or
+    non-finite one is a ValueError that names it, its file and the shapes.
+    """
+    config = ModelConfig.read(folder)
+    with torch.device("meta"):
+        model = Model(config)
+    missing = dict(model.named_parameters())
+    files, promised = weight_files(folder)
+    for path in files:
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                for name in file.keys():
+                    if is_redundant(name, config):
+                        continue
+                    if name not in missing:
+                        raise ValueError(f"{path}: unexpected tensor {name} for a {config.model_type} of this config")
+                    tensor = checked(file, name, missing.pop(name).shape, path)
+                    owner, _, leaf = name.rpartition(".")
+                    tensor = tensor.to(device, dtype or config.dtype or tensor.dtype, copy=True)
+                    setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a readable safetensors file ({error})") from None
+    absent = sorted(missing)
+    if absent:
+        raise ValueError(f"{folder}: tensor {absent[0]} is missing" + (f", and {len(absent) - 1} more" * (len(absent) > 1))
+                         + (" although the index names it" * (absent[0] in promised)))
+    model.frequency = model.frequency.to(device)
+    return model.eval()
+
+
+def is_redundant(name, config):
+    """A tensor that real checkpoints carry and the model does not need: a tied head, old rotary tables."""
+    return (name == "lm_head.weight" and config.tie_word_embeddings) or name.endswith(".rotary_emb.inv_freq")
+
+
+def checked(file, name, shape, path):
+    """One tensor of an open safetensors file; ValueError unless it is floating point, of that shape, and finite."""
+    stored = file.get_slice(name)
+    if tuple(stored.get_shape()) != tuple(shape):
+        raise ValueError(f"{path}: {name} has shape {tuple(stored.get_shape())}; the config asks for {tuple(shape)}")
+    if stored.get_dtype() not in ("F32", "F16", "BF16"):
+        raise ValueError(f"{path}: {name} is stored as {stored.get_dtype()}; accepted: F32, F16, BF16")
+    tensor = file.get_tensor(name)
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{path}: {name} holds NaN or infinity")
+    return tensor
