@@ -14,7 +14,7 @@ a step of 1e-3 on a bf16 weight near 1 rounds to nothing. Knows nothing of time:
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -36,12 +36,12 @@ def at_least_one(name, value):
 class DistillerConfig:
     """The Distiller's knobs; a ValueError names the one out of range."""
 
-    width: int = field(default=384, metadata={"help": "inner width R of the Distiller's blocks"})
-    lr: float = field(default=4e-4, metadata={"help": "the Distiller's Adam learning rate"})
-    scope: str = field(default="prompt", metadata={"help": "one Distiller per prompt, or one per batch of prompts"})
-    train_every: int = field(default=1, metadata={"help": "steps whose pairs share one update of the Distiller"})
-    seed: int = 0
-    zero_init: bool = False                             # down = 0, so that f starts as the identity
+    scope: str = "prompt"          # "prompt": one Distiller per prompt; "batch": one for all prompts decoded together
+    width: int = 384               # inner width R
+    lr: float = 4e-4               # Adam's learning rate
+    train_every: int = 1           # steps whose pairs share one update
+    seed: int = 0                  # of the initial weights
+    zero_init: bool = False        # down = 0, so that f starts as the identity
 
     def __post_init__(self):
         at_least_one("width", self.width)

@@ -149,7 +149,7 @@ def schedule(steps, slots=2, train_every=1):
                waits=(("S", t),), records=(("P", t),)),
             Op("main", f"reweight {t}", reads=(("ĥ", t),), waits=(("P", t),)),
             Op("main", f"deep {t}", writes=((deep, t),), records=(("D", t),)),
-            Op("side", f"train {t}", waits=(("D", t),), reads=((shallow, t), (deep, t)) + (full and older or ()),
+            Op("side", f"train {t}", waits=(("D", t),), reads=((shallow, t), (deep, t)) + ((*older, ("φ", updates)) if full else ()),
                writes=(window, ("φ", updates + 1)) if full else (window,)),
         ]
     return ops + [Op("side", "last", records=(("F", 0),)),
