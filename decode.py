@@ -121,7 +121,7 @@ def generate(model, prompts, sampling, esamp=None, *, eos_ids, distillers=None, 
     device, rows = model.head_weight.device, len(prompts) * sampling.n
     limit_B = token_limits(model.config, prompts, sampling, device)
     noise = Noise(sampling, len(prompts), first_prompt, device)
-    eos_E = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=device)
+    eos_1E = torch.tensor([sorted(eos_ids)], dtype=torch.int64, device=device)
     steps = int(limit_B.max())
     ledger = Ledger(steps, limit_B, sampling, first_prompt, frozenset(eos_ids))
     cache, ref_BV = prefill(model, prompts, sampling.n, steps)
@@ -130,7 +130,7 @@ def generate(model, prompts, sampling, esamp=None, *, eos_ids, distillers=None, 
     token_B = noise.draw(0, ref_BV.masked_fill(~keep_BV, -torch.inf))           # the first token is the plain LLM's
     live_B = torch.ones(rows, dtype=torch.bool, device=device)
     ledger.write(0, live_B, token_B, ref_BV)
-    live_B = live_B & ~torch.isin(token_B, eos_E) & (limit_B > 1)
+    live_B = live_B & (token_B[:, None] != eos_1E).all(-1) & (limit_B > 1)
     if on_step:
         on_step(0, ledger.look(0, live_B))
 
@@ -161,7 +161,7 @@ def generate(model, prompts, sampling, esamp=None, *, eos_ids, distillers=None, 
             if esamp:
                 ledger.write_esamp(t + 1, new_BV, plain_BV, dist_BV, noise, token_B, novelty(deep_BD, predicted_BD),
                                    baselines.errors(shallow_BD, deep_BD, live_B))
-            live_B = live_B & ~torch.isin(token_B, eos_E) & (limit_B > t + 2)   # seen by step t + 1
+            live_B = live_B & (token_B[:, None] != eos_1E).all(-1) & (limit_B > t + 2)      # seen by step t + 1
             looking = (t + 1) % LOOK_EVERY == 0 or t == steps - 2
             finished = ledger.look(t + 1, live_B) if looking else []
             if on_step:

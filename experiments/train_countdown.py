@@ -1,6 +1,7 @@
 """Trains the bundled checkpoint, `checkpoints/countdown/`, from scratch with this project's own `Model.forward`.
 
-    python -m experiments.train_countdown --out checkpoints/countdown
+    python -m experiments.train_countdown --out checkpoints/countdown         # train, write, evaluate
+    python -m experiments.train_countdown --evaluate checkpoints/countdown    # only the figures of the model card
 
 A 0.86M-parameter Qwen3-style model (query heads share kv heads, q/k norms), a character tokenizer, problems made
 on the fly. Muon on the matrices, AdamW on embeddings, head and norms, both with a linear decay to zero; fp32 on a CPU,
@@ -11,6 +12,7 @@ killed run go on where it was.
 
 import argparse
 import json
+import math
 import random
 import sys
 import time
@@ -21,8 +23,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from decode import SamplingConfig, generate
 from experiments import countdown
-from model import Model, ModelConfig
+from model import Model, ModelConfig, load
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 VOCABULARY = SPECIAL + list("0123456789+-*/=,>:")
@@ -128,20 +131,46 @@ def write(folder, model):
               metadata={"format": "pt"})
 
 
+def pass_at_k(correct, n, k):
+    """1 − C(n − c, k) / C(n, k): the chance that k of n samples, c of them correct, hold a correct one."""
+    return 1 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def evaluate(model, problems=200, n=64, seed=0):
+    """Vanilla sampling at T = 1 on held-out problems: {"pass@k": share, …, "distinct": mean distinct solutions}."""
+    prompts = countdown.test_prompts(random.Random("countdown test"), problems)
+    ids = [[BOS] + [ID[c] for c in prompt] for prompt in prompts]
+    answers = [[] for _ in prompts]
+    for start in range(0, problems, 10):
+        result = generate(model, ids[start:start + 10], SamplingConfig(n=n, max_new_tokens=40, seed=seed),
+                          eos_ids={EOS}, first_prompt=start)
+        for s in result.samples:
+            answers[s.prompt].append("".join(VOCABULARY[i] for i in s.token_ids if i != EOS))
+    solutions = [[countdown.canonical(p, a) for a in found] for p, found in zip(prompts, answers, strict=True)]
+    correct = [sum(s is not None for s in found) for found in solutions]
+    figures = {f"pass@{k}": sum(pass_at_k(c, n, k) for c in correct) / problems for k in (1, 4, 16, 64) if k <= n}
+    return figures | {"distinct": sum(len(set(found) - {None}) for found in solutions) / problems}
+
+
 def main(argv=None):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="folder to write the checkpoint to")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", help="folder to write the checkpoint to")
+    what.add_argument("--evaluate", metavar="FOLDER", help="train nothing; pass@k of an existing checkpoint")
     parser.add_argument("--steps", type=int, default=2400, help="optimizer steps (default 2400)")
     parser.add_argument("--batch", type=int, default=256, help="problems per step (default 256)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the problems (default 0)")
     args = parser.parse_args(argv)
-    folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    model, spent_s = train(args)
-    write(folder, model)
-    (folder / "train_state.pt").unlink(missing_ok=True)
-    print(f"{args.steps} steps of {args.batch} problems in {spent_s:.0f} s → {folder}", file=sys.stderr)
+    folder = Path(args.out or args.evaluate)
+    if args.out:
+        folder.mkdir(parents=True, exist_ok=True)
+        model, spent_s = train(args)
+        write(folder, model)
+        (folder / "train_state.pt").unlink(missing_ok=True)
+        print(f"{args.steps} steps of {args.batch} problems in {spent_s:.0f} s → {folder}", file=sys.stderr)
+    for name, value in evaluate(load(folder)).items():
+        print(f"{name:9} {value:.3f}")
 
 
 if __name__ == "__main__":

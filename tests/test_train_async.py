@@ -1,0 +1,264 @@
+"""Timing changes nothing: the race checker, the schedule against the code, and every token under delayed lanes."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import TINY, random_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import decode
+import train_async
+from decode import ESampConfig, SamplingConfig, generate
+from distiller import Distiller, DistillerConfig
+from train_async import AsyncDistiller, Lane, Op, races, schedule
+
+# ------------------------------------------------------------------------------
+# the schedule as data
+# ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("train_every", [1, 2, 3, 4])
+def test_two_slots_have_no_race(train_every):
+    assert races(schedule(13, slots=2, train_every=train_every)) == []
+    assert races(schedule(13, slots=3, train_every=train_every)) == []
+
+
+def test_planted_bugs_are_found():
+    assert ("train 0", "lower 1") in races(schedule(6, slots=1))
+    no_wait = [dataclasses.replace(op, waits=()) if op.name.startswith("reweight") else op for op in schedule(6)]
+    assert ("predict 0", "reweight 0") in races(no_wait)
+    for missing in ("predict", "train", "finish"):
+        ops = [dataclasses.replace(op, waits=()) if op.name.startswith(missing) else op for op in schedule(6)]
+        assert races(ops), missing
+
+
+def test_an_ordered_overwrite_is_no_race_but_stale():
+    ops = [Op("main", "write 0", writes=(("slot", 0),)), Op("main", "write 1", writes=(("slot", 1),), records=("E",)),
+           Op("side", "read 0", reads=(("slot", 0),), waits=("E",))]
+    assert races(ops) == [("write 1", "read 0")]
+    assert races([ops[0], dataclasses.replace(ops[1], records=()), dataclasses.replace(ops[0], name="e", writes=(),
+                  records=("E",)), ops[2]]) == [("write 1", "read 0")]
+    late = [dataclasses.replace(op, reads=tuple((p, v + (p == "φ")) for p, v in op.reads)) if op.name == "predict 3" else op
+            for op in schedule(6)]
+    assert races(late) == [("train 2", "predict 3")]     # a reader that names a φ of the future meets an older one
+
+
+class Recorder(Lane):
+    """A lane that also writes down what it was asked for."""
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.log = []
+
+    def record(self, event):
+        self.log.append(("main", (), (event,)))
+
+    def wait(self, event):
+        self.log.append(("main", (event,), ()))
+
+    def run(self, work, waits=None, records=None):
+        self.log.append(("side", (waits,) if waits else (), (records,) if records else ()))
+        return super().run(work)
+
+
+@pytest.mark.parametrize("train_every", [1, 3])
+def test_the_code_follows_the_schedule(monkeypatch, train_every):
+    monkeypatch.setattr(train_async, "Lane", Recorder)
+    side = AsyncDistiller(Distiller(DistillerConfig(width=4), 2, 6), 4, 6, train_every)
+    for t in range(5):
+        side.predict(t, torch.randn(4, 6), torch.ones(4, dtype=torch.bool))
+        side.prediction()
+        side.train(t, torch.randn(4, 6))
+    side.finish()
+    assert side.lane.log == [(op.stream, op.waits, op.records) for op in schedule(5, train_every=train_every)]
+
+
+# ------------------------------------------------------------------------------
+# delayed lanes
+# ------------------------------------------------------------------------------
+
+def delayed(choices):
+    """A lane whose side work runs late: after any call as many queued pieces as `choices` says, all that an event
+    orders before main's wait at the latest."""
+    pick = iter(choices)
+
+    class Delayed(Lane):
+        def __init__(self, device):
+            self.queue, self.ran_late = [], 0
+
+        def some(self):
+            for _ in range(min(next(pick, 0), len(self.queue))):
+                self.queue.pop(0)[0]()
+
+        def record(self, event):
+            self.some()
+
+        def run(self, work, waits=None, records=None):
+            self.queue.append((work, records))
+            self.some()
+
+        def wait(self, event):
+            while any(records == event for _, records in self.queue):
+                self.queue.pop(0)[0]()
+                Delayed.late += 1
+            self.some()
+    Delayed.late = 0
+    return Delayed
+
+
+MODEL = random_model(TINY)
+PROMPTS = [[1, 2, 3, 4, 5], [9, 8], [7, 7, 7]]
+SAMPLING = SamplingConfig(n=3, max_new_tokens=14, seed=5)
+
+
+def run(lane=Lane, sampling=SAMPLING, **knobs):
+    """(tokens, novelties, final weights) of one run; a short EOS set makes rows finish at different steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_async, "Lane", lane)
+        esamp = ESampConfig(**dict(dict(beta=2.0, width=16, lr=1e-2), **knobs))
+        result = generate(MODEL, PROMPTS, sampling, esamp, eos_ids={4, 11})
+    return ([(s.token_ids, s.novelty) for s in result.samples], [w.detach().clone() for w in result.distillers.parameters()])
+
+
+SERIAL = {(u, scope): run(train_every=u, scope=scope) for u in (1, 4) for scope in ("prompt", "batch")}
+
+
+@given(st.lists(st.integers(0, 3), min_size=60, max_size=60), st.sampled_from(sorted(SERIAL)))
+@settings(max_examples=40)
+def test_any_delay_gives_the_serial_tokens_bit_for_bit(choices, setting):
+    lane = delayed(choices)
+    train_every, scope = setting
+    tokens, weights = run(lane, train_every=train_every, scope=scope)
+    assert tokens == SERIAL[setting][0]
+    assert all(torch.equal(a, b) for a, b in zip(weights, SERIAL[setting][1], strict=True))
+    assert lane.late > 0
+
+
+def test_the_delayed_lane_would_notice(monkeypatch):
+    """With one slot, or with a prediction that is not waited for, the longest delay changes the run."""
+    lengths = {len(t) for t, _ in SERIAL[1, "prompt"][0]}
+    assert len(lengths) > 2                              # ragged finishing is part of the test
+    one_slot = type("OneSlot", (AsyncDistiller,), {"__init__": lambda self, *args: AsyncDistiller.__init__(self, *args, slots=1)})
+    monkeypatch.setattr(decode, "AsyncDistiller", one_slot)
+    assert run(delayed([]))[0] != SERIAL[1, "prompt"][0]
+    hasty = type("Hasty", (AsyncDistiller,), {"prediction": lambda self: self.predicted_BD})
+    monkeypatch.setattr(decode, "AsyncDistiller", hasty)
+    assert run(delayed([]))[0] != SERIAL[1, "prompt"][0]
+
+
+def test_the_step_predicts_with_all_earlier_windows_and_no_other_pairs():
+    """φ of step t, replayed by hand from the pairs of steps < u·⌊t/u⌋ (METHOD: no staleness), incomplete last one dropped."""
+    for u in (1, 3):
+        g = torch.Generator().manual_seed(u)
+        taps = [(torch.randn(4, 6, generator=g), torch.randn(4, 6, generator=g), torch.rand(4, generator=g) < 0.7) for _ in range(8)]
+        config = DistillerConfig(width=5, lr=1e-2)
+        ours, oracle = Distiller(config, 2, 6), Distiller(config, 2, 6)
+        side = AsyncDistiller(ours, 4, 6, u)
+        for t, (shallow, deep, live) in enumerate(taps):
+            side.predict(t, shallow, live)
+            torch.testing.assert_close(side.prediction(), oracle.predict(shallow.view(2, 2, 6)).view(4, 6), rtol=0, atol=1e-6)
+            side.train(t, deep)
+            if (t + 1) % u == 0:
+                window = [torch.stack(x, 1) for x in zip(*[[x.unflatten(0, (2, 2)) for x in tap] for tap in taps[t + 1 - u:t + 1]],
+                                                         strict=True)]
+                oracle.train(*(x.flatten(1, 2) for x in window))
+        side.finish()
+        assert ours.step_P.max() == 8 // u
+
+
+# ------------------------------------------------------------------------------
+# no host synchronisation
+# ------------------------------------------------------------------------------
+
+class NoSync(TorchDispatchMode):
+    """Fails on the operations with which a host reads a device, unless a look is on."""
+
+    looking = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not NoSync.looking and any(word in str(func) for word in ("_local_scalar_dense", "nonzero", "is_nonzero")):
+            raise AssertionError(f"{func} reads the device outside a look")
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_hot_loop_never_reads_the_device(monkeypatch):
+    looks, plain = [], decode.Ledger.look
+
+    def look(self, step, live_B):
+        NoSync.looking = True
+        looks.append(step)
+        try:
+            return plain(self, step, live_B)
+        finally:
+            NoSync.looking = False
+    monkeypatch.setattr(decode.Ledger, "look", look)
+    sampling = SamplingConfig(n=2, max_new_tokens=40, seed=1, top_k=20, top_p=0.95, min_p=0.01)
+
+    def on_step(t, finished):                            # the guard is on from the first step to the last
+        if t == 0:
+            guard.__enter__()
+        if t == 39:
+            guard.__exit__(None, None, None)
+    guard = NoSync()
+    generate(MODEL, PROMPTS, sampling, ESampConfig(width=8), eos_ids=set(), on_step=on_step)
+    assert looks == [0, 16, 32, 39]
+    with pytest.raises(AssertionError, match="outside a look"), NoSync():
+        torch.ones(2).sum().item()
+
+
+# ------------------------------------------------------------------------------
+# on a GPU
+# ------------------------------------------------------------------------------
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.cuda
+@cuda
+@pytest.mark.parametrize("where", ["main", "side", "both"])
+def test_cuda_sleeps_in_either_stream_change_nothing(where):
+    class Sleepy(Lane):
+        def record(self, event):
+            if where != "side":
+                torch.cuda._sleep(200_000)
+            super().record(event)
+
+        def run(self, work, waits=None, records=None):
+            def slow():
+                torch.cuda._sleep(400_000)
+                work()
+            super().run(slow if where != "main" else work, waits, records)
+    model = random_model(TINY).cuda()
+
+    def tokens(lane):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_async, "Lane", lane)
+            result = generate(model, PROMPTS, SAMPLING, ESampConfig(beta=2.0, width=16, lr=1e-2), eos_ids={4, 11})
+        return [(s.token_ids, s.novelty) for s in result.samples]
+
+    class Serial(Lane):
+        def __init__(self, device):
+            self.stream, self.events = None, {}
+    assert tokens(Sleepy) == tokens(Serial) == tokens(Lane)
+
+
+@pytest.mark.cuda
+@cuda
+def test_cuda_hot_loop_never_synchronises(monkeypatch):
+    plain = decode.Ledger.look
+
+    def look(self, step, live_B):
+        torch.cuda.set_sync_debug_mode("default")
+        found = plain(self, step, live_B)
+        torch.cuda.set_sync_debug_mode("error")
+        return found
+    monkeypatch.setattr(decode.Ledger, "look", look)
+    model = random_model(TINY).cuda()
+    try:
+        generate(model, PROMPTS, SamplingConfig(n=2, max_new_tokens=30, top_k=9), ESampConfig(width=8), eos_ids={4},
+                 on_step=lambda t, finished: torch.cuda.set_sync_debug_mode("error" if t < 29 else "default"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
