@@ -413,18 +413,24 @@ class Text:
 
     def _template(self, path):
         """The compiled chat template, None where there is none; it may be untrusted, so it lives in a sandbox."""
-        source = path.read_text(encoding="utf-8") if path.is_file() else self.settings.get("chat_template")
+        try:
+            source = path.read_text(encoding="utf-8") if path.is_file() else self.settings.get("chat_template")
+        except UnicodeDecodeError:
+            raise ValueError(f"{path} is not UTF-8") from None
         if isinstance(source, list):                    # several named ones: [{"name": "default", "template": …}, …]
-            source = next((t.get("template") for t in source if t.get("name") == "default"), None)
+            named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
+            source = named.get("default")
         if source is None:
             return None
+        if not isinstance(source, str):
+            raise ValueError(f"the chat template is a {type(source).__name__}; expected a string")
         box = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         box.filters["tojson"] = lambda value, indent=None, ensure_ascii=False: json.dumps(
             value, ensure_ascii=ensure_ascii, indent=indent)
         box.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
         try:
             return box.from_string(source)
-        except (TemplateError, TypeError, RecursionError) as error:
+        except (TemplateError, RecursionError) as error:
             raise ValueError(f"the chat template does not compile ({one_line(error)})") from None
 
     def encode_raw(self, text):
@@ -483,8 +489,8 @@ def eos_set(settings, path):
     """The ids under `eos_token_id`: a number, a list of them, or nothing."""
     ids = settings.get("eos_token_id")
     ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise ValueError(f"{path}: eos_token_id is {settings['eos_token_id']!r}; expected an id or a list of ids")
+    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2 ** 31 for i in ids):
+        raise ValueError(f"{path}: eos_token_id is {settings['eos_token_id']!r}; expected a token id or a list of them")
     return frozenset(ids)
 
 

@@ -89,8 +89,8 @@ class ModelConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             whole = isinstance(value, int) and not isinstance(value, bool)
-            if field.type is int and not (whole and value > 0):
-                raise ValueError(f"{field.name} is {value!r}; expected a whole number of at least 1")
+            if field.type is int and not (whole and 0 < value < 2 ** 24):
+                raise ValueError(f"{field.name} is {value!r}; expected a whole number from 1 to 2^24 - 1")
             if field.type is float and not ((whole or isinstance(value, float)) and 0 < value < math.inf):
                 raise ValueError(f"{field.name} is {value!r}; expected a positive number")
             if field.type is bool and not isinstance(value, bool):
@@ -143,8 +143,9 @@ def refuse_unimplemented(raw):
     """ValueError for a config.json whose model we would run wrongly."""
     if raw.get("quantization_config"):
         raise ValueError("quantization_config is set; quantised weights are not implemented (fp32, fp16, bf16 are)")
-    if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ()):
-        raise ValueError("a sliding window is in use; only full attention is implemented")
+    layers = raw.get("layer_types") or ["full_attention"]
+    if raw.get("use_sliding_window") or layers != ["full_attention"] * len(layers):
+        raise ValueError("a sliding window is in use; only full attention in every layer is implemented")
     if raw.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act {raw['hidden_act']!r} is not implemented; accepted: silu")
 
@@ -418,6 +419,10 @@ class Model(nn.Module):
 # the checkpoint
 # ------------------------------------------------------------------------------
 
+HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+             "model*.safetensors", "model.safetensors.index.json"]
+
+
 def find(name):
     """The folder of a model given as a folder or as `Org/Name` on the Hugging Face hub (cache first, then download).
 
@@ -425,14 +430,15 @@ def find(name):
     """
     if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)):
         return Path(name)
-    import huggingface_hub                              # two seconds to import, and only needed here
-    wanted = ["*.json", "*.safetensors", "*.jinja"]
+    import huggingface_hub                              # slow to import, and only needed here
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, local_files_only=True))
-    except (OSError, ValueError):
+        folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+        if any(folder.glob("*.safetensors")):
+            return folder
+    except (OSError, ValueError):                       # not in the cache
         pass
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:                          # the client raises many kinds, none of them ours
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{name!r} is no folder here, not in the local Hugging Face cache, and could not be "

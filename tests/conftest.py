@@ -1,11 +1,14 @@
 """Fixed Hypothesis profile, one thread (tiny tensors; a second one only waits), and the small models tests share."""
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -50,3 +53,19 @@ def stories_folder():
 def stories(stories_folder):
     """Its weights."""
     return load(stories_folder)
+
+
+def write_checkpoint(folder, template=None, seed=0, **changes):
+    """A tiny random checkpoint in Hugging Face layout with the bundled character tokenizer; returns the folder."""
+    bundled = ROOT / "checkpoints" / "countdown"
+    config = dict(model_type="llama", vocab_size=24, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
+                  num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=40, rms_norm_eps=1e-5,
+                  tie_word_embeddings=False, eos_token_id=2, bos_token_id=1, torch_dtype="float32")
+    folder.mkdir(parents=True, exist_ok=True)
+    model = random_model(ModelConfig.from_dict(config | changes), seed)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    shutil.copy(bundled / "tokenizer.json", folder)
+    settings_ = json.loads((bundled / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings_ | ({"chat_template": template} if template else {})))
+    return folder

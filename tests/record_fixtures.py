@@ -1,4 +1,5 @@
-"""Records tests/fixtures from transformers: tiny random checkpoints and what they compute, part by part.
+"""Records tests/fixtures from transformers: tiny random checkpoints and what they compute, part by part, and the
+token ids of a few prompts under real tokenizers (from ../shared/data/configs, where that is at hand).
 
     pip install transformers && python tests/record_fixtures.py
 """
@@ -61,7 +62,29 @@ def record(name):
               metadata={"transformers": transformers.__version__, "torch": torch.__version__})
 
 
+TEXTS = ["Hello world", "", "  two  spaces\n\nnewline", "Café déjà vu 東京 🦄 e\u0301", "<|im_start|>user hi",
+         "What is 12*7? Answer: \\boxed{}", "\u200b\x00 x", "<think>a</think>b"]
+
+
+def record_ids():
+    """token_ids.json: raw and templated ids of TEXTS for every real tokenizer."""
+    real, recorded = FOLDER.parent.parent.parent / "shared" / "data" / "configs", {}
+    for folder in sorted(real.iterdir()) if real.is_dir() else ():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        cases = [{"given": text, "ids": tokenizer(text)["input_ids"]} for text in TEXTS]
+        for text in TEXTS if tokenizer.chat_template else ():
+            user = {"role": "user", "content": text}
+            for chat in ([user], [{"role": "system", "content": "Be brief."}, user],
+                         [user, {"role": "assistant", "content": "<think>x</think>ok"}, {"role": "user", "content": "more"}]):
+                ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+                cases.append({"given": chat, "ids": ids})
+        recorded[folder.name] = cases
+    if recorded:
+        (FOLDER / "token_ids.json").write_text(json.dumps(recorded, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 if __name__ == "__main__":
+    record_ids()
     for each in MODELS:
         record(each)
     print(json.dumps({"transformers": transformers.__version__}))
