@@ -482,7 +482,7 @@ def optional_json(path):
 
 def token_text(token):
     """A special token's text: a plain string, or the "content" of an object."""
-    return token.get("content", "") if isinstance(token, dict) else str(token)
+    return str(token.get("content", "") if isinstance(token, dict) else token)
 
 
 def eos_set(settings, path):
@@ -585,7 +585,8 @@ def encode(prompt, text, args, config):
 
 def megabytes(count):
     """A number of bytes for people."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    unit, name = next((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= u or u == 1e3)
+    return f"{count / unit:.1f} {name}"
 
 
 def memory(config, dtype, lengths, sampling, esamp, batch):

@@ -91,8 +91,10 @@ class ModelConfig:
             whole = isinstance(value, int) and not isinstance(value, bool)
             if field.type is int and not (whole and 0 < value < 2 ** 24):
                 raise ValueError(f"{field.name} is {value!r}; expected a whole number from 1 to 2^24 - 1")
-            if field.type is float and not ((whole or isinstance(value, float)) and 0 < value < math.inf):
-                raise ValueError(f"{field.name} is {value!r}; expected a positive number")
+            if field.type is float:
+                if not ((whole or isinstance(value, float)) and 0 < value < 1e300):
+                    raise ValueError(f"{field.name} is {value!r}; expected a positive number")
+                object.__setattr__(self, field.name, float(value))
             if field.type is bool and not isinstance(value, bool):
                 raise ValueError(f"{field.name} is {value!r}; expected true or false")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -141,10 +143,11 @@ class ModelConfig:
 
 def refuse_unimplemented(raw):
     """ValueError for a config.json whose model we would run wrongly."""
+    if not isinstance(raw.get("layer_types") or [], list):
+        raise ValueError(f"layer_types is {raw['layer_types']!r}; expected a list")
     if raw.get("quantization_config"):
         raise ValueError("quantization_config is set; quantised weights are not implemented (fp32, fp16, bf16 are)")
-    layers = raw.get("layer_types") or ["full_attention"]
-    if raw.get("use_sliding_window") or layers != ["full_attention"] * len(layers):
+    if raw.get("use_sliding_window") or set(map(str, raw.get("layer_types") or ())) - {"full_attention"}:
         raise ValueError("a sliding window is in use; only full attention in every layer is implemented")
     if raw.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act {raw['hidden_act']!r} is not implemented; accepted: silu")
@@ -153,7 +156,7 @@ def refuse_unimplemented(raw):
 def read_dtype(raw):
     """torch.dtype of `dtype` (new spelling) or `torch_dtype` (old); None where neither is given."""
     name = raw.get("dtype") or raw.get("torch_dtype")
-    if name is not None and name not in DTYPES:
+    if name is not None and str(name) not in DTYPES:
         raise ValueError(f"dtype {name!r} is not implemented; accepted: {', '.join(DTYPES)}")
     return DTYPES.get(name)
 
@@ -164,7 +167,7 @@ def read_rope(raw, values):
     if not isinstance(rope, dict):
         raise ValueError(f"the RoPE parameters are {rope!r}; expected an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ROPE_TYPES:
+    if str(kind) not in ROPE_TYPES:
         raise ValueError(f"RoPE type {kind!r} is not implemented; accepted: {', '.join(ROPE_TYPES)}")
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1, 1.0):
         raise ValueError("partial_rotary_factor is not implemented; accepted: 1")

@@ -33,6 +33,7 @@ ID = {token: i for i, token in enumerate(VOCABULARY)}
 BOS, EOS = ID["<s>"], ID["</s>"]
 PROMPT_LENGTH = 9                                       # BOS and eight characters
 FOLD_SHARE = 0.7
+SAVE_EVERY = 200                                        # steps
 CONFIG = dict(
     architectures=["Qwen3ForCausalLM"], model_type="qwen3", vocab_size=len(VOCABULARY), hidden_size=128,
     intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
@@ -115,7 +116,7 @@ def train(args):
             left_s = spent_s / (step + 1) * (args.steps - step - 1)
             print(f"step {step + 1}/{args.steps}  loss {loss.item():.4f}  {spent_s:.0f} s, {left_s:.0f} s left",
                   file=sys.stderr, flush=True)
-        if (step + 1) % 200 == 0:
+        if (step + 1) % SAVE_EVERY == 0:
             torch.save(dict(model=model.state_dict(), opts=[o.state_dict() for o in opts], step=step + 1,
                             spent_s=spent_s), state_file.with_suffix(".part"))
             state_file.with_suffix(".part").replace(state_file)
@@ -165,6 +166,7 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=500, help="optimizer steps (default 500)")
     parser.add_argument("--batch", type=int, default=256, help="problems per step (default 256)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the problems (default 0)")
+    parser.add_argument("--no-evaluation", action="store_true", help="stop when the checkpoint is written")
     args = parser.parse_args(argv)
     folder = Path(args.out or args.evaluate)
     if args.out:
@@ -173,8 +175,9 @@ def main(argv=None):
         write(folder, model)
         (folder / "train_state.pt").unlink(missing_ok=True)
         print(f"{args.steps} steps of {args.batch} problems in {spent_s:.0f} s → {folder}", file=sys.stderr)
-    for name, value in evaluate(load(folder)).items():
-        print(f"{name:9} {value:.3f}")
+    if not args.no_evaluation:
+        for name, value in evaluate(load(folder)).items():
+            print(f"{name:9} {value:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,185 @@
+"""The bundled checkpoint and its recipe: the verifier against brute force, the generator, resuming, the model card."""
+
+import itertools
+import random
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from decode import Text, main
+from experiments import countdown, train_countdown
+from experiments.countdown import canonical, is_correct, parse
+from model import ModelConfig, load
+
+CARD = ROOT / "checkpoints" / "countdown"
+PROMPT = "9875>87:"
+
+
+def every_answer(digits, target):
+    """All correct answers by brute force, as text, written without the module's parser."""
+    def walk(table, steps):
+        if len(table) == 1:
+            if table[0] == target:
+                yield ",".join(steps)
+            return
+        for i, j in itertools.permutations(range(len(table)), 2):
+            a, b = table[i], table[j]
+            rest = [x for k, x in enumerate(table) if k not in (i, j)]
+            for operator, value in (("+", a + b), ("-", a - b), ("*", a * b), ("/", a / b)):
+                if value == int(value) and 1 <= value <= 99:
+                    yield from walk([int(value), *rest], [*steps, f"{a}{operator}{b}={int(value)}"])
+    return set(walk(list(digits), []))
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, "8863>96:", "4433>24:"])
+def test_the_verifier_accepts_all_correct_answers_and_nothing_close(prompt):
+    digits, target = [int(d) for d in prompt[:4]], int(prompt[5:7])
+    answers = every_answer(digits, target)
+    assert len(answers) > 3 and all(is_correct(prompt, a) for a in answers)
+    noise = random.Random(0)
+    for answer in sorted(answers)[:60]:
+        for _ in range(20):
+            i = noise.randrange(len(answer))
+            changed = answer[:i] + noise.choice("0123456789+-*/=,") + answer[i + 1:]
+            assert is_correct(prompt, changed) == (changed in answers), changed
+        for changed in (answer + ",", answer[:-1], answer + " ", "0" + answer, answer.replace("=", "=0", 1), "+" + answer):
+            assert not is_correct(prompt, changed)
+    assert not is_correct(prompt, "")
+
+
+def test_the_paper_example_and_what_counts_as_one_solution():
+    assert is_correct(PROMPT, "7+5=12,12*8=96,96-9=87") and not is_correct("9875>86:", "7+5=12,12*8=96,96-9=87")
+    one = canonical(PROMPT, "7+5=12,12*8=96,96-9=87")
+    assert one == canonical(PROMPT, "5+7=12,8*12=96,96-9=87")
+    same = ["9+8=17,17+7=24,24+5=29", "5+7=12,8+9=17,17+12=29", "7+9=16,16+8=24,5+24=29"]
+    assert len({canonical("9875>29:", a) for a in same}) == 1                # orders of one sum
+    assert canonical("9875>13:", "9+8=17,17-7=10,10-5=5") is None
+    assert len({canonical("8863>18:", a) for a in ("8-8=0", "8/8=1,6*3=18,18*1=18", "8/8=1,1*6=6,6*3=18",
+                                                   "8*3=24,24-6=18,18-8=10")} - {None}) == 1
+    assert canonical("9521>15:", "9-5=4,4*2=8,8+1=9") is None
+
+
+@given(st.integers(0, 10 ** 6))
+@settings(max_examples=30)
+def test_canonical_is_what_the_answer_computes(seed):
+    """Equal canonical forms have equal values at random real digits: no two different solutions are merged."""
+    source = random.Random(seed)
+    prompt, answer = countdown.problem(source, countdown.MULTISETS, 0.5)
+    answers = sorted(every_answer([int(d) for d in prompt[:4]], int(prompt[5:7])))[:80]
+    assert is_correct(prompt, answer)
+    if len(set(prompt[:4])) < 4:
+        return                                           # equal digits stand for each other
+    values = {d: source.uniform(1, 2) for d in map(int, prompt[:4])}
+
+    def value(tree):
+        if isinstance(tree, int):
+            return values[tree]
+        a, b = value(tree[1]), value(tree[2])
+        return {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[tree[0]]
+    groups = {}
+    for each in answers:
+        groups.setdefault(canonical(prompt, each), []).append(value(parse(prompt, each)))
+    for found in groups.values():
+        assert max(found) - min(found) < 1e-9
+
+
+@given(st.integers(0, 10 ** 6), st.sampled_from([0.0, 0.7, 1.0]))
+def test_problems_are_correct_and_of_fixed_length(seed, fold):
+    prompt, answer = countdown.problem(random.Random(seed), countdown.TRAIN_MULTISETS, fold)
+    assert len(prompt) == 8 and is_correct(prompt, answer) and prompt[:4] == "".join(sorted(prompt[:4], reverse=True))
+    assert not countdown.held_out([int(d) for d in prompt[:4]])
+    if fold == 1.0:
+        results = re.findall(r"=(\d+)", answer)
+        steps = [re.findall(r"\d+", step)[:2] for step in answer.split(",")]
+        assert results[0] in steps[1] and results[1] in steps[2]
+
+
+def test_eight_percent_of_the_multisets_are_held_out():
+    assert len(countdown.MULTISETS) == 495
+    assert set(countdown.TRAIN_MULTISETS).isdisjoint(countdown.TEST_MULTISETS)
+    assert 0.06 < len(countdown.TEST_MULTISETS) / 495 < 0.10
+    prompts = countdown.test_prompts(random.Random(1), 50)
+    assert len(set(prompts)) == 50 and all(countdown.held_out([int(d) for d in p[:4]]) for p in prompts)
+    assert countdown.held_out((1, 2, 3, 4)) == countdown.held_out((4, 2, 3, 1))
+
+
+def test_pass_at_k_reproduces_a_row_of_the_paper():
+    """Table 2, subtraction at β = .5: 30 problems, n = 64, four of them solved once."""
+    row = [100 * 4 * train_countdown.pass_at_k(1, 64, k) / 30 for k in (1, 2, 4, 8, 16, 32, 64)]
+    assert [f"{x:.1f}" for x in row] == ["0.2", "0.4", "0.8", "1.7", "3.3", "6.7", "13.3"]
+    assert train_countdown.pass_at_k(0, 64, 64) == 0 and train_countdown.pass_at_k(64, 64, 1) == 1
+
+
+def test_training_resumes_to_the_same_weights(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_countdown, "SAVE_EVERY", 2)
+    flags = ["--steps", "5", "--batch", "8", "--no-evaluation"]
+    train_countdown.main(["--out", str(tmp_path / "whole"), *flags])
+    plain, calls = train_countdown.answer_loss, []
+
+    def killed(model, batch):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return plain(model, batch)
+    monkeypatch.setattr(train_countdown, "answer_loss", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_countdown.main(["--out", str(tmp_path / "parts"), *flags])
+    assert not (tmp_path / "parts" / "model.safetensors").exists()
+    train_countdown.main(["--out", str(tmp_path / "parts"), *flags])
+    assert len(calls) == 4 + 3                           # steps 0 1 2 (3 killed), then 2 3 4
+    a, b = (load(tmp_path / name).state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not (tmp_path / "parts" / "train_state.pt").exists()
+
+
+def test_the_loss_is_about_answers_only():
+    model = train_countdown.fresh_model(0, "cpu")
+    tokens = train_countdown.batch(0, 0, 16)
+    assert torch.equal(tokens, train_countdown.batch(0, 0, 16)) and not torch.equal(tokens, train_countdown.batch(0, 1, 16))
+    logits, total, count = model(tokens), 0.0, 0
+    for row, ids in enumerate(tokens.tolist()):
+        end = ids.index(train_countdown.EOS)
+        for t in range(9, end + 1):
+            total -= logits[row, t - 1].log_softmax(-1)[ids[t]].item()
+            count += 1
+    assert train_countdown.answer_loss(model, tokens).item() == pytest.approx(total / count, rel=1e-5)
+
+
+def test_the_bundled_checkpoint_is_small_and_its_prompts_are_problems():
+    assert sum(p.stat().st_size for p in CARD.iterdir()) < 8_000_000
+    config = ModelConfig.read(CARD)
+    assert config.num_attention_heads > config.num_key_value_heads
+    text = Text(CARD, config)
+    assert text.eos_ids == {2} and text.decode(text.encode_raw("9875>87:7+5=12")) == "9875>87:7+5=12"
+    for prompt in (CARD / "prompts.txt").read_text().split():
+        digits = [int(d) for d in prompt[:4]]
+        assert countdown.held_out(digits) and len(every_answer(digits, int(prompt[5:7]))) > 1
+    assert text.unknown("9x5 >é") == " xé"
+
+
+def test_the_main_job_solves_held_out_problems(capsys):
+    assert main(["--esamp", "--n", "16"]) == 0
+    blocks = capsys.readouterr().out.split("── ")[1:]
+    solved = [any(is_correct(b.split("\n")[0], line[6:]) for line in b.split("\n")[1:17]) for b in blocks]
+    assert len(solved) == 4 and sum(solved) >= 3
+
+
+def test_stories_are_told(stories_folder, capsys):
+    assert main(["--model", str(stories_folder), "--esamp", "--prompt", "Once upon a time", "--n", "8",
+                 "--max-new-tokens", "60"]) == 0
+    told = capsys.readouterr().out
+    assert told.count("there was a") >= 6 and "8 of 8 samples" in told
+
+
+@pytest.mark.slow
+def test_the_model_cards_figures_hold_and_meet_the_bar():
+    figures = train_countdown.evaluate(load(CARD))
+    assert 0.15 <= figures["pass@1"] <= 0.50 and figures["pass@64"] >= 0.80
+    card = (CARD / "README.md").read_text()
+    for name, value in figures.items():
+        claimed = float(re.search(rf"\| {name} \| ([\d.]+) \|", card)[1])
+        assert value == pytest.approx(claimed, abs=0.01 if name != "distinct" else 0.05), name
