@@ -6,8 +6,8 @@
 `generate` takes token ids and returns token ids; text, chat templates and files belong to the second chapter.
 
 Shapes: P prompts of K samples each are B = P·K rows, the rows of a prompt side by side; L positions, D width,
-V vocabulary, T generated tokens. Token 0 of a row comes from the prefill and is the plain LLM's; the loop at step t
-makes token t + 1. The LLM has its own dtype; logits and everything made from them are fp32 (`draw` works in fp64).
+V vocabulary, T generated tokens. Token 0 of a row comes from the prefill and is the plain LLM's; step t of
+the loop makes token t + 1. The LLM has its own dtype; logits and all that follows are fp32, draws fp64.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import re
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from esamp import divergence, draw, keep_mask, novelty, reweight, uniform
 from model import DTYPES, KVCache, Model, ModelConfig, read_json
 from train_async import AsyncDistiller
 
-LOOK_EVERY = 16                                         # steps between two looks of the host at the device
+LOOK_EVERY = 16                                 # steps between two looks of the host at the device
 
 # ------------------------------------------------------------------------------
 # chapter 1: the loop
@@ -45,11 +45,12 @@ LOOK_EVERY = 16                                         # steps between two look
 
 
 def in_range(name, value, low, high, above=False):
-    """ValueError unless value is a number with low ≤ value ≤ high (low < value where `above`)."""
+    """ValueError unless value is a finite number with low ≤ value ≤ high (low < value where `above`)."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (number and low <= value <= high and math.isfinite(value) and not (above and value == low)):
         limit = f" to {high}" if high < math.inf else ""
-        raise ValueError(f"{name} is {value!r}; accepted: {'above' if above else 'from'} {low}{limit}, finite")
+        start = "above" if above else "from"
+        raise ValueError(f"{name} is {value!r}; accepted: {start} {low}{limit}, finite")
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class SamplingConfig:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
-    n: int = 16
-    max_new_tokens: int = 256
+    n: int = 16                                 # samples per prompt
+    max_new_tokens: int = 256                   # clipped to what the context leaves
     seed: int = 0
 
     def __post_init__(self):
@@ -89,14 +90,14 @@ class ESampConfig(DistillerConfig):
 
 @dataclass(frozen=True)
 class Sample:
-    """One finished row: prompt is its index in the whole input, the lists are as long as token_ids (EOS included)."""
+    """One finished row; the lists are as long as token_ids, which ends with the EOS if there was one."""
 
-    prompt: int
+    prompt: int                                 # index in the whole input
     sample: int
     token_ids: list
-    finish_reason: str                                  # "stop": drew an EOS; "length": its token or context limit
-    logprob: list                                       # log softmax(ref) of the token at T = 1, unfiltered
-    novelty: list                                       # ‖e‖ behind the token; None for the first one and for vanilla
+    finish_reason: str                          # "stop": drew an EOS; "length": its token or context limit
+    logprob: list                               # log softmax(ref) of each token at T = 1, unfiltered
+    novelty: list                               # ‖e‖ behind each token; None for the first, and for vanilla
 
 
 @dataclass(frozen=True)
@@ -112,142 +113,125 @@ class Generation:
 def generate(model, prompts, sampling, esamp=None, *, eos_ids, distillers=None, on_step=None, first_prompt=0):
     """Draws `sampling.n` samples of each prompt with ESamp, or vanilla where `esamp` is None → `Generation`.
 
-    prompts: lists of token ids; eos_ids: the ids that end a sample. distillers: those of an earlier `Generation` for
-    the same prompts, trained on in place; None makes new ones. on_step(t, finished) is called after every step with
-    the samples of each prompt whose samples have all ended since the last call. first_prompt: the position of
-    prompts[0] in the whole input, which the noise depends on. ValueError for a prompt that is empty or leaves no room
-    in the context, FloatingPointError for logits or predictions that are not finite.
+    prompts: lists of token ids; eos_ids: the ids that end a sample. distillers: those of an earlier
+    `Generation` for the same prompts, trained on in place; None makes new ones. on_step(t, finished) is
+    called after every token with the samples of the prompts that were found ended since the last call.
+    first_prompt: where prompts[0] stands in the whole input, which the noise depends on. ValueError for a
+    prompt that is empty or leaves no room in the context, FloatingPointError for numbers that are not finite.
     """
-    device, rows = model.head_weight.device, len(prompts) * sampling.n
-    limit_B = token_limits(model.config, prompts, sampling, device)
-    noise = Noise(sampling, len(prompts), first_prompt, device)
-    eos_1E = torch.tensor([sorted(eos_ids)], dtype=torch.int64, device=device)
-    steps = int(limit_B.max())
-    ledger = Ledger(steps, limit_B, sampling, first_prompt, frozenset(eos_ids))
-    cache, ref_BV = prefill(model, prompts, sampling.n, steps)
-
-    keep_BV = keep_mask(ref_BV, *filters(sampling))
-    token_B = noise.draw(0, ref_BV.masked_fill(~keep_BV, -torch.inf))           # the first token is the plain LLM's
-    live_B = torch.ones(rows, dtype=torch.bool, device=device)
-    ledger.write(0, live_B, token_B, ref_BV)
-    live_B = live_B & (token_B[:, None] != eos_1E).all(-1) & (limit_B > 1)
-    if on_step:
-        on_step(0, ledger.look(0, live_B))
-
+    rows = Rows(model, prompts, sampling, eos_ids, first_prompt)
+    ledger, side, width_D = Ledger(rows), None, model.config.hidden_size
     if esamp:
-        distillers = distillers or new_distillers(model.config, len(prompts), esamp, device)
-        updates = distillers.step_P.clone()
-        side = AsyncDistiller(distillers, rows, model.config.hidden_size, esamp.train_every, device)
-        baselines = Baselines(len(distillers.step_P), rows, model.config.hidden_size, device)
+        count = len(prompts) if esamp.scope == "prompt" else 1
+        distillers = distillers or Distiller(esamp, count, width_D, rows.device)
+        if len(distillers.step_P) != count:
+            raise ValueError(f"distillers holds {len(distillers.step_P)} of them; expected {count}")
+        before = int(distillers.step_P.sum())
+        side = AsyncDistiller(distillers, rows.count, width_D, esamp.train_every, rows.device)
+        ledger.watch(count, width_D)
+    cache, ref_BV = prefill(model, prompts, sampling.n, rows.steps)
+    token_B = rows.draw(0, only(ref_BV, rows.keep(ref_BV)))             # the first token is the plain LLM's
+    t, done = 0, ledger.settle(0, token_B, ref_BV, on_step)
     try:
-        for t in range(steps - 1):
-            shallow_BD = model.lower(token_B, cache)                            # embedding, layer 1
+        while not done:
             if esamp:
-                side.predict(t, shallow_BD, live_B)                             # side stream: ĥ with φ_t
-            deep_BD = model.upper(shallow_BD, cache)                            # layers 2 … L, final norm
-            ref_BV = model.head(deep_BD)
-            keep_BV = keep_mask(ref_BV, *filters(sampling))
-            plain_BV = ref_BV.masked_fill(~keep_BV, -torch.inf)
-            if esamp:
-                predicted_BD = side.prediction()                                # waits for ĥ
-                dist_BV = model.head(predicted_BD)
-                new_BV = reweight(ref_BV, dist_BV, esamp.beta, keep_BV)
+                token_B, ref_BV = esamp_step(t, token_B, model, cache, rows, side, esamp.beta, ledger)
             else:
-                new_BV = plain_BV
-            token_B = noise.draw(t + 1, new_BV)
-            if esamp:
-                side.train(t, deep_BD)                                          # side stream: φ_t → φ_{t+1}
-            ledger.write(t + 1, live_B, token_B, ref_BV)
-            if esamp:
-                ledger.write_esamp(t + 1, new_BV, plain_BV, dist_BV, noise, token_B, novelty(deep_BD, predicted_BD),
-                                   baselines.errors(shallow_BD, deep_BD, live_B))
-            live_B = live_B & (token_B[:, None] != eos_1E).all(-1) & (limit_B > t + 2)      # seen by step t + 1
-            looking = (t + 1) % LOOK_EVERY == 0 or t == steps - 2
-            finished = ledger.look(t + 1, live_B) if looking else []
-            if on_step:
-                on_step(t + 1, finished)
-            if looking and ledger.all_ended:
-                break
+                token_B, ref_BV = vanilla_step(t, token_B, model, cache, rows)
+            t += 1
+            done = ledger.settle(t, token_B, ref_BV, on_step)
     finally:
-        if esamp:
+        if side:
             side.finish()
-    if steps == 1:
-        ledger.look(0, live_B)
-    stats = ledger.stats(int((distillers.step_P - updates).sum()) if esamp else 0)
+    stats = ledger.stats(int(distillers.step_P.sum()) - before if esamp else 0)
     return Generation(ledger.samples, stats, distillers if esamp else None)
 
 
-def filters(sampling):
-    """The arguments of `keep_mask` after the logits."""
-    return sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p
+def esamp_step(t, token_B, model, cache, rows, side, beta, ledger):
+    """Algorithm 1, one decode step: token t of every row → (token t + 1, ref)."""
+    shallow_BD = model.lower(token_B, cache)                            # embedding, layer 1
+    side.predict(t, shallow_BD, rows.live_B)                            # side stream: ĥ with φ_t
+    deep_BD = model.upper(shallow_BD, cache)                            # layers 2 … L, final norm
+    ref_BV = model.head(deep_BD)
+    keep_BV = rows.keep(ref_BV)
+    predicted_BD = side.prediction()                                    # waits for ĥ
+    dist_BV = model.head(predicted_BD)
+    new_BV = reweight(ref_BV, dist_BV, beta, keep_BV)
+    token_B = rows.draw(t + 1, new_BV)
+    side.train(t, deep_BD)                                              # side stream: φ_t → φ_{t+1}
+    plain_BV = only(ref_BV, keep_BV)
+    ledger.write_esamp(t + 1, token_B, shallow_BD, deep_BD, predicted_BD, plain_BV, dist_BV, new_BV)
+    return token_B, ref_BV
 
 
-def token_limits(config, prompts, sampling, device):
-    """How many tokens each row may get, int64 (B,): max_new_tokens, clipped to what the context leaves."""
-    room = []
-    for i, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {i} has no token")
-        room.append(config.max_position_embeddings - len(prompt))
-        if room[-1] < 1:
-            raise ValueError(f"prompt {i} has {len(prompt)} tokens; accepted: at most "
-                             f"{config.max_position_embeddings - 1}, one less than the context")
-    limit_P = torch.tensor(room, device=device).clamp(max=sampling.max_new_tokens)
-    return limit_P.repeat_interleave(sampling.n)
+def vanilla_step(t, token_B, model, cache, rows):
+    """The same without a Distiller."""
+    ref_BV = model.head(model.upper(model.lower(token_B, cache), cache))
+    return rows.draw(t + 1, only(ref_BV, rows.keep(ref_BV))), ref_BV
+
+
+def new_distillers(prompts, esamp, model):
+    """One Distiller per prompt, or one for all of them (scope `batch`), as one batched module."""
+    count = prompts if esamp.scope == "prompt" else 1
+    return Distiller(esamp, count, model.config.hidden_size, model.head_weight.device)
+
+
+def only(logits_BV, keep_BV):
+    """The logits of the candidates, −inf elsewhere."""
+    return logits_BV.masked_fill(~keep_BV, -torch.inf)
 
 
 def prefill(model, prompts, samples, steps):
-    """Runs every prompt once and shares it among its samples: (cache of B rows, ref (B, V) after the prompt).
+    """Runs every prompt once for all of its samples: (cache of B rows, ref (B, V) after the prompt).
 
     Prompts are padded on the right; a real token sees only what is left of it, so padding changes nothing.
     """
     device = model.head_weight.device
     length_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
     longest = max(len(prompt) for prompt in prompts)
-    token_PL = torch.tensor([list(prompt) + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
+    padded = [list(prompt) + [0] * (longest - len(prompt)) for prompt in prompts]
     cache = KVCache(model.config, len(prompts), longest, device, model.head_weight.dtype)
-    deep_PLD = model.upper(model.lower(token_PL, cache), cache)
+    deep_PLD = model.upper(model.lower(torch.tensor(padded, device=device), cache), cache)
     last_PD = deep_PLD[torch.arange(len(prompts), device=device), length_P - 1]
-    return cache.repeat(samples, length_P, longest + steps), model.head(last_PD).repeat_interleave(samples, dim=0)
+    ref_BV = model.head(last_PD).repeat_interleave(samples, dim=0)
+    return cache.repeat(samples, length_P, longest + steps), ref_BV
 
 
-def new_distillers(config, prompts, esamp, device):
-    """One Distiller per prompt, or one for all of them (scope `batch`), as one batched module."""
-    return Distiller(esamp, prompts if esamp.scope == "prompt" else 1, config.hidden_size, device)
+class Rows:
+    """Who the B rows are: prompt and sample, which make their noise; their limits; who is still live."""
 
+    def __init__(self, model, prompts, sampling, eos_ids, first_prompt):
+        context, self.device = model.config.max_position_embeddings, model.head_weight.device
+        for i, prompt in enumerate(prompts):
+            if not 0 < len(prompt) < context:
+                raise ValueError(f"prompt {i} has {len(prompt)} tokens; accepted: 1 to {context - 1}, one "
+                                 "less than the context")
+        limits = [min(sampling.max_new_tokens, context - len(prompt)) for prompt in prompts]
+        self.sampling, self.first_prompt, self.prompts = sampling, first_prompt, len(prompts)
+        self.count, self.steps, self.eos_ids = len(prompts) * sampling.n, max(limits), frozenset(eos_ids)
+        self.limit_B = torch.tensor(limits, device=self.device).repeat_interleave(sampling.n)
+        self.live_B = torch.ones(self.count, dtype=torch.bool, device=self.device)
+        self.eos_1E = torch.tensor([sorted(eos_ids)], dtype=torch.int64, device=self.device)
+        on_cpu = self.device.type == "mps"      # which has no fp64
+        self.draws_on = torch.device("cpu") if on_cpu else self.device
+        row_B = torch.arange(self.count, device=self.draws_on)
+        self.prompt_B, self.sample_B = first_prompt + row_B // sampling.n, row_B % sampling.n
 
-class Noise:
-    """The run's randomness: u(seed, prompt, sample, step) for every row, and nothing else."""
-
-    def __init__(self, sampling, prompts, first_prompt, device):
-        self.device = torch.device("cpu") if device.type == "mps" else device   # MPS has no fp64
-        rows = torch.arange(prompts * sampling.n, device=self.device)
-        self.prompt_B, self.sample_B = first_prompt + rows // sampling.n, rows % sampling.n
-        self.seed, self.temperature = sampling.seed, sampling.temperature
+    def keep(self, ref_BV):
+        """The candidates, by the run's filters."""
+        s = self.sampling
+        return keep_mask(ref_BV, s.temperature, s.top_k, s.top_p, s.min_p)
 
     def draw(self, step, logits_BV):
-        """Token `step` of every row from softmax(logits/T), inverse CDF at that row's and step's u."""
-        noise_B = uniform(self.seed, self.prompt_B, self.sample_B, step)
-        return draw(logits_BV.to(self.device), noise_B, self.temperature).to(logits_BV.device)
+        """Token `step` of every row: inverse CDF of softmax(logits/T) at u(seed, prompt, sample, step)."""
+        uniform_B = uniform(self.sampling.seed, self.prompt_B, self.sample_B, step)
+        token_B = draw(logits_BV.to(self.draws_on), uniform_B, self.sampling.temperature)
+        return token_B.to(self.device)
 
-
-class Baselines:
-    """What predicting without learning would cost: ĥ = h¹, and ĥ = the mean of all h^L seen before."""
-
-    def __init__(self, distillers, rows, width_D, device):
-        self.shape_PKD = (distillers, rows // distillers, width_D)
-        self.sum_P1D = torch.zeros(distillers, 1, width_D, device=device)
-        self.count_P11 = torch.zeros(distillers, 1, 1, device=device)
-
-    def errors(self, shallow_BD, deep_BD, live_B):
-        """‖h^L − h¹‖² and ‖h^L − mean‖², both (B,), then takes the live rows into the mean."""
-        shallow_PKD, deep_PKD = shallow_BD.float().view(self.shape_PKD), deep_BD.float().view(self.shape_PKD)
-        live_PK1 = live_B.view(*self.shape_PKD[:2], 1)
-        to_shallow_PK = (deep_PKD - shallow_PKD).square().sum(-1)
-        to_mean_PK = (deep_PKD - self.sum_P1D / self.count_P11.clamp(min=1)).square().sum(-1)
-        self.sum_P1D += torch.where(live_PK1, deep_PKD, 0).sum(1, keepdim=True)
-        self.count_P11 += live_PK1.sum(1, keepdim=True)
-        return to_shallow_PK.flatten(), to_mean_PK.flatten()
+    def advance(self, step, token_B):
+        """Who goes on after token `step`: a new tensor, since the side stream may still read the old one."""
+        ended_B = (token_B[:, None] == self.eos_1E).any(-1) | (self.limit_B <= step + 1)
+        self.live_B = self.live_B & ~ended_B
 
 
 # ------------------------------------------------------------------------------
@@ -258,87 +242,95 @@ class Baselines:
 class Stats:
     """Sums over a run's rows; those of several runs add up (`+`), `summary` makes the ratios."""
 
-    tokens: int = 0                                     # generated, EOS included
-    reweighted: int = 0                                 # of them drawn from π_new: all but each sample's first
-    moved: int = 0                                      # of these, other than vanilla's draw with the same u
-    updates: int = 0                                    # steps that the Distillers' Adam took, all together
+    tokens: int = 0                             # generated, EOS included
+    reweighted: int = 0                         # of them drawn from π_new: all but each sample's first
+    moved: int = 0                              # of these, other than vanilla's draw with the same u
+    updates: int = 0                            # steps that the Distillers' Adam took, all together
     samples: int = 0
-    distinct: int = 0                                   # different token_ids within each prompt, summed
-    kl: float = 0.0                                     # KL(π_new ‖ π_ref), nats, same T and filters
-    total_variation: float = 0.0
-    first_rows: int = 0                                 # rows of each prompt's first decode step, and the squared
-    first_loss: float = 0.0                             # errors (eq. 10) of three predictors on them
-    first_shallow: float = 0.0
-    first_mean: float = 0.0
-    last_rows: int = 0                                  # the same over each prompt's last ten decode steps
-    last_loss: float = 0.0
-    last_shallow: float = 0.0
-    last_mean: float = 0.0
+    distinct: int = 0                           # different token_ids within each prompt, summed
+    kl: float = 0.0                             # KL(π_new ‖ π_ref), nats, same T and filters
+    variation: float = 0.0                      # total variation of the two
+    first: tuple = (0, 0.0, 0.0, 0.0)           # rows at each prompt's first decode step, and their summed
+    last: tuple = (0, 0.0, 0.0, 0.0)            # errors (eq. 10) of f_φ, h¹, running mean; at the last ten
 
     def __add__(self, other):
-        return Stats(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
+        def add(a, b):
+            return tuple(map(add, a, b)) if isinstance(a, tuple) else a + b
+        return Stats(*(add(getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self)))
 
     def summary(self):
-        """A dict of figures; None where there is nothing to divide by, or an infinite KL (T = 0)."""
+        """A dict of figures; None where there is nothing to divide by, or for an infinite KL (T = 0)."""
         def per(total, count):
             return total / count if count and math.isfinite(total) else None
         return {
             "tokens": self.tokens, "samples": self.samples, "distinct_samples": self.distinct,
             "updates": self.updates, "reweighted_tokens": self.reweighted, "moved_tokens": self.moved,
             "moved_share": per(self.moved, self.reweighted), "kl_nats": per(self.kl, self.reweighted),
-            "total_variation": per(self.total_variation, self.reweighted),
-            "loss_first_step": per(self.first_loss, self.first_rows),
-            "loss_last_10_steps": per(self.last_loss, self.last_rows),
-            "loss_last_10_steps_if_h1": per(self.last_shallow, self.last_rows),
-            "loss_last_10_steps_if_running_mean": per(self.last_mean, self.last_rows),
+            "total_variation": per(self.variation, self.reweighted),
+            "loss_first_step": per(self.first[1], self.first[0]),
+            "loss_last_10_steps": per(self.last[1], self.last[0]),
+            "loss_last_10_steps_if_h1": per(self.last[2], self.last[0]),
+            "loss_last_10_steps_if_running_mean": per(self.last[3], self.last[0]),
         }
 
 
 class Ledger:
-    """Everything that a run records, one row of device memory per token; the host reads it when it looks."""
+    """All that a run records, a value per row and token in device memory; the host reads when it looks."""
 
-    def __init__(self, steps, limit_B, sampling, first_prompt, eos_ids):
-        def column(dtype):
-            return torch.zeros(steps, len(limit_B), dtype=dtype, device=limit_B.device)
-        self.token_TB, self.live_TB = column(torch.int64), column(torch.bool)
-        self.finite_TB, self.moved_TB = column(torch.bool), column(torch.bool)
-        self.logprob_TB, self.novelty_TB = column(torch.float32), column(torch.float32)
-        self.kl_TB, self.variation_TB = column(torch.float32), column(torch.float32)
-        self.shallow_TB, self.mean_TB = column(torch.float32), column(torch.float32)
-        self.sampling, self.first_prompt, self.eos_ids = sampling, first_prompt, eos_ids
-        self.prompts = len(limit_B) // sampling.n
-        self.samples, self.ended, self.checked, self.esamp = [], set(), 0, False
+    COLUMNS = {"token": torch.int64, "live": torch.bool, "finite": torch.bool, "moved": torch.bool}
+    COLUMNS |= dict.fromkeys(("logprob", "novelty", "kl", "variation"), torch.float32)
+    COLUMNS |= dict.fromkeys(("to_shallow", "to_mean"), torch.float32)      # errors of the trivial predictors
 
-    @property
-    def all_ended(self):
-        """True once a look found every sample of every prompt ended."""
-        return len(self.ended) == self.prompts
+    def __init__(self, rows):
+        self.rows, self.samples, self.ended, self.looked, self.shape_PKD = rows, [], set(), 0, None
+        self.columns = {name: torch.zeros(rows.steps, rows.count, dtype=dtype, device=rows.device)
+                        for name, dtype in self.COLUMNS.items()}
+        self.columns["finite"].fill_(True)
 
-    def write(self, step, live_B, token_B, ref_BV):
-        """Records one token per row."""
-        self.token_TB[step], self.live_TB[step] = token_B, live_B
-        self.finite_TB[step] = ref_BV.isfinite().all(-1)
-        self.logprob_TB[step] = ref_BV.log_softmax(-1).gather(-1, token_B[:, None])[:, 0]
+    def watch(self, count, width_D):
+        """Gets ready for `write_esamp`: a running mean of h^L per Distiller, the simplest predictor."""
+        self.shape_PKD = (count, self.rows.count // count, width_D)
+        self.sum_P1D = torch.zeros(count, 1, width_D, device=self.rows.device)
+        self.seen_P11 = torch.zeros(count, 1, 1, device=self.rows.device)
 
-    def write_esamp(self, step, new_BV, plain_BV, dist_BV, noise, token_B, novelty_B, errors):
+    def settle(self, step, token_B, ref_BV, on_step):
+        """Records token `step`, decides who goes on, looks if a look is due: True when all have ended."""
+        column = self.columns
+        column["token"][step], column["live"][step] = token_B, self.rows.live_B
+        column["finite"][step] &= ref_BV.isfinite().all(-1)
+        column["logprob"][step] = ref_BV.log_softmax(-1).gather(-1, token_B[:, None])[:, 0]
+        self.rows.advance(step, token_B)
+        due = step % LOOK_EVERY == 0 or step == self.rows.steps - 1
+        finished = self.look(step) if due else []
+        if on_step:
+            on_step(step, finished)
+        return len(self.ended) == self.rows.prompts
+
+    def write_esamp(self, step, token_B, shallow_BD, deep_BD, predicted_BD, plain_BV, dist_BV, new_BV):
         """Records what ESamp did to that token, against vanilla at the same temperature, filters and u."""
-        self.esamp = True
-        self.finite_TB[step] &= dist_BV.isfinite().all(-1) & novelty_B.isfinite()
-        self.novelty_TB[step] = novelty_B
-        self.moved_TB[step] = noise.draw(step, plain_BV) != token_B
-        self.kl_TB[step], self.variation_TB[step] = divergence(new_BV, plain_BV, self.sampling.temperature)
-        self.shallow_TB[step], self.mean_TB[step] = errors
+        column, temperature = self.columns, self.rows.sampling.temperature
+        column["novelty"][step] = novelty(deep_BD, predicted_BD)
+        column["finite"][step] &= dist_BV.isfinite().all(-1) & column["novelty"][step].isfinite()
+        column["moved"][step] = self.rows.draw(step, plain_BV) != token_B
+        column["kl"][step], column["variation"][step] = divergence(new_BV, plain_BV, temperature)
+        column["to_shallow"][step] = novelty(deep_BD, shallow_BD).square()
+        deep_PKD = deep_BD.float().view(self.shape_PKD)
+        mean_P1D = self.sum_P1D / self.seen_P11.clamp(min=1)
+        column["to_mean"][step] = (deep_PKD - mean_P1D).square().sum(-1).flatten()
+        live_PK1 = self.rows.live_B.view(*self.shape_PKD[:2], 1)
+        self.sum_P1D += torch.where(live_PK1, deep_PKD, 0).sum(1, keepdim=True)
+        self.seen_P11 += live_PK1.sum(1, keepdim=True)
 
-    def look(self, step, live_B):
-        """The samples of the prompts that have ended since the last look; FloatingPointError for a bad number."""
-        window = slice(self.checked, step + 1)
-        bad = (self.live_TB[window] & ~self.finite_TB[window]).nonzero().tolist()
+    def look(self, step):
+        """The samples of prompts newly found ended; FloatingPointError for the first number not finite."""
+        window, n = slice(self.looked, step + 1), self.rows.sampling.n
+        bad = (self.columns["live"][window] & ~self.columns["finite"][window]).nonzero().tolist()
         if bad:
-            prompt, sample = divmod(bad[0][1], self.sampling.n)
-            raise FloatingPointError(f"not finite: the logits or the Distiller's prediction at step {self.checked + bad[0][0]}"
-                                     f", prompt {self.first_prompt + prompt}, sample {sample}")
-        self.checked, finished = step + 1, []
-        for prompt, live in enumerate(live_B.view(self.prompts, -1).any(-1).tolist()):
+            when, (prompt, sample) = self.looked + bad[0][0], divmod(bad[0][1], n)
+            raise FloatingPointError("not finite: the logits or the Distiller's prediction at step "
+                                     f"{when}, prompt {self.rows.first_prompt + prompt}, sample {sample}")
+        self.looked, finished = step + 1, []
+        for prompt, live in enumerate(self.rows.live_B.view(-1, n).any(-1).tolist()):
             if not live and prompt not in self.ended:
                 self.ended.add(prompt)
                 finished += self._samples(prompt, step + 1)
@@ -347,35 +339,35 @@ class Ledger:
 
     def _samples(self, prompt, steps):
         """The finished rows of one prompt."""
-        found, K = [], self.sampling.n
-        rows = slice(prompt * K, (prompt + 1) * K)
-        columns = (self.live_TB, self.token_TB, self.logprob_TB, self.novelty_TB)
-        live_KT, token_KT, logprob_KT, novelty_KT = (c[:steps, rows].T.tolist() for c in columns)
-        for k in range(K):
-            length = sum(live_KT[k])
-            tokens = token_KT[k][:length]
-            new = [None] + novelty_KT[k][1:length] if self.esamp else [None] * length
-            reason = "stop" if tokens[-1] in self.eos_ids else "length"
-            found.append(Sample(self.first_prompt + prompt, k, tokens, reason, logprob_KT[k][:length], new))
+        n, found = self.rows.sampling.n, []
+        mine = slice(prompt * n, (prompt + 1) * n)
+        names = ("live", "token", "logprob", "novelty")
+        by_row = zip(*(self.columns[name][:steps, mine].T.tolist() for name in names), strict=True)
+        for k, columns in enumerate(by_row):
+            length = sum(columns[0])
+            token, logprob, new = (column[:length] for column in columns[1:])
+            reason = "stop" if token[-1] in self.rows.eos_ids else "length"
+            new = [None] + new[1:] if self.shape_PKD else [None] * length
+            found.append(Sample(self.rows.first_prompt + prompt, k, token, reason, logprob, new))
         return found
 
     def stats(self, updates):
         """The run's `Stats`, once every sample has ended."""
-        stats = Stats(tokens=int(self.live_TB.sum()), updates=updates, samples=len(self.samples))
+        tokens = int(self.columns["live"].sum())
+        stats = Stats(tokens=tokens, updates=updates, samples=len(self.samples))
         stats.distinct = len({(s.prompt, *s.token_ids) for s in self.samples})
-        if not self.esamp:
+        if not self.shape_PKD:
             return stats
-        live_TB = self.live_TB.clone()
-        live_TB[0] = False
-        stats.reweighted, stats.moved = int(live_TB.sum()), int((live_TB & self.moved_TB).sum())
-        stats.kl, stats.total_variation = (float(c[live_TB].sum()) for c in (self.kl_TB, self.variation_TB))
-        for rows in torch.arange(live_TB.shape[1], device=live_TB.device).view(self.prompts, -1):
-            last = int(live_TB[:, rows].any(-1).sum())
-            for name, span in (("first", slice(1, 2)), ("last", slice(max(1, last - 9), last + 1))):
-                live = live_TB[span, rows]
-                sums = [(live * c[span, rows]).sum().item() for c in (self.novelty_TB ** 2, self.shallow_TB, self.mean_TB)]
-                for field_name, value in zip(("rows", "loss", "shallow", "mean"), (int(live.sum()), *sums), strict=True):
-                    setattr(stats, f"{name}_{field_name}", getattr(stats, f"{name}_{field_name}") + value)
+        column = {name: values.cpu() for name, values in self.columns.items()}
+        live_TB = column["live"]
+        live_TB[0] = False                      # token 0 is not ESamp's
+        stats.reweighted, stats.moved = int(live_TB.sum()), int((live_TB & column["moved"]).sum())
+        stats.kl, stats.variation = (float(column[c][live_TB].sum()) for c in ("kl", "variation"))
+        errors = [column["novelty"] ** 2, column["to_shallow"], column["to_mean"]]
+        for error_4TK in (torch.stack([live_TB, *errors]) * live_TB).chunk(self.rows.prompts, dim=-1):
+            end = int(error_4TK[0].any(-1).sum()) + 1           # steps with a live row, and step 0
+            first, last = error_4TK[:, 1:2], error_4TK[:, max(1, end - 10):end]
+            stats += Stats(first=tuple(first.sum((1, 2)).tolist()), last=tuple(last.sum((1, 2)).tolist()))
         return stats
 
 
@@ -384,6 +376,7 @@ class Ledger:
 # ------------------------------------------------------------------------------
 
 BUNDLED = Path(__file__).resolve().parent / "checkpoints" / "countdown"
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 SAMPLING_HINTS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 
 
@@ -391,47 +384,27 @@ class Text:
     """A checkpoint's tokenizer and chat template: text → ids → text, and the set of ids that end a sample."""
 
     def __init__(self, folder, config):
-        path = Path(folder) / "tokenizer.json"
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
         if not path.is_file():
             raise ValueError(f"{folder} has no tokenizer.json; expected a tokenizer in that format")
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:                      # the library raises bare Exceptions
+        except Exception as error:              # the library raises bare Exceptions
             raise ValueError(f"{path} is not a readable tokenizer ({one_line(error)})") from None
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         top = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
         if top >= config.vocab_size:
-            raise ValueError(f"{path} has token id {top}, but the model embeds only {config.vocab_size} tokens")
-        self.settings = optional_json(Path(folder) / "tokenizer_config.json")
-        self.special = {name: token_text(self.settings[name]) for name in
-                        ("bos_token", "eos_token", "unk_token", "pad_token") if self.settings.get(name)}
-        self.template = self._template(Path(folder) / "chat_template.jinja")
-        self.hints = optional_json(Path(folder) / "generation_config.json")
-        self.eos_ids = eos_set(self.hints, Path(folder) / "generation_config.json") | eos_set(
-            read_json(Path(folder) / "config.json"), Path(folder) / "config.json")
-
-    def _template(self, path):
-        """The compiled chat template, None where there is none; it may be untrusted, so it lives in a sandbox."""
-        try:
-            source = path.read_text(encoding="utf-8") if path.is_file() else self.settings.get("chat_template")
-        except UnicodeDecodeError:
-            raise ValueError(f"{path} is not UTF-8") from None
-        if isinstance(source, list):                    # several named ones: [{"name": "default", "template": …}, …]
-            named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
-            source = named.get("default")
-        if source is None:
-            return None
-        if not isinstance(source, str):
-            raise ValueError(f"the chat template is a {type(source).__name__}; expected a string")
-        box = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        box.filters["tojson"] = lambda value, indent=None, ensure_ascii=False: json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent)
-        box.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
-        try:
-            return box.from_string(source)
-        except (TemplateError, RecursionError) as error:
-            raise ValueError(f"the chat template does not compile ({one_line(error)})") from None
+            raise ValueError(f"{path} has token id {top}, but the model embeds only {config.vocab_size} "
+                             "tokens")
+        settings = optional_json(folder / "tokenizer_config.json")
+        self.special = {name: token_text(settings[name]) for name in SPECIAL if settings.get(name)}
+        self.template = compile_template(folder / "chat_template.jinja", settings.get("chat_template"))
+        generation = optional_json(folder / "generation_config.json")
+        self.hints = {name: generation[name] for name in SAMPLING_HINTS if name in generation}
+        self.eos_ids = (eos_set(generation, folder / "generation_config.json")
+                        | eos_set(read_json(folder / "config.json"), folder / "config.json"))
 
     def encode_raw(self, text):
         """Ids with the tokenizer's own special tokens in front: one BOS, never two."""
@@ -442,10 +415,11 @@ class Text:
     def encode_chat(self, messages):
         """(rendered text, its ids): the template writes every special token, the tokenizer adds none."""
         try:
-            text = self.template.render(messages=messages, tools=None, documents=None, add_generation_prompt=True,
-                                        **self.special)
-        except Exception as error:                      # whatever a template does wrong
-            raise ValueError(f"the chat template failed ({type(error).__name__}: {one_line(error)})") from None
+            text = self.template.render(messages=messages, tools=None, documents=None,
+                                        add_generation_prompt=True, **self.special)
+        except Exception as error:              # whatever a template does wrong
+            kind = type(error).__name__
+            raise ValueError(f"the chat template failed ({kind}: {one_line(error)})") from None
         return text, self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
@@ -460,14 +434,42 @@ class Text:
             covered.update(range(start, end))
             if token == unk:
                 lost.update(text[start:end])
-        bare = {c for i, c in enumerate(text) if i not in covered and not c.isspace()}      # spaces may be trimmed
+        bare = {c for i, c in enumerate(text) if i not in covered and not c.isspace()}
         lost.update(c for c in bare if not self.tokenizer.encode(c, add_special_tokens=False).ids)
         return "".join(sorted(lost))
 
 
-def raise_exception(message):
-    """What a template calls to refuse a conversation."""
-    raise TemplateError(message)
+def compile_template(path, source):
+    """The chat template in `path`, else `source`, compiled; None where there is none.
+
+    A template is a program from the checkpoint's author, so it runs in jinja2's sandbox, with what real ones
+    expect of Hugging Face: trimmed blocks, loop controls, raise_exception, strftime_now, an unescaped tojson.
+    """
+    if path.is_file():
+        try:
+            source = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{path} is not UTF-8") from None
+    if isinstance(source, list):                # several named ones: [{"name": "default", "template": …}, …]
+        source = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}.get("default")
+    if source is None:
+        return None
+    if not isinstance(source, str):
+        raise ValueError(f"the chat template is a {type(source).__name__}; expected a string")
+
+    def tojson(value, indent=None, ensure_ascii=False):
+        return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii)
+
+    def raise_exception(message):
+        raise TemplateError(message)
+    box = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    box.filters["tojson"] = tojson
+    box.globals["raise_exception"] = raise_exception
+    box.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        return box.from_string(source)
+    except (TemplateError, RecursionError) as error:
+        raise ValueError(f"the chat template does not compile ({one_line(error)})") from None
 
 
 def one_line(error):
@@ -487,10 +489,10 @@ def token_text(token):
 
 def eos_set(settings, path):
     """The ids under `eos_token_id`: a number, a list of them, or nothing."""
-    ids = settings.get("eos_token_id")
-    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    given = settings.get("eos_token_id")
+    ids = given if isinstance(given, list) else [] if given is None else [given]
     if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2 ** 31 for i in ids):
-        raise ValueError(f"{path}: eos_token_id is {settings['eos_token_id']!r}; expected a token id or a list of them")
+        raise ValueError(f"{path}: eos_token_id is {given!r}; expected a token id or a list of them")
     return frozenset(ids)
 
 
@@ -500,47 +502,17 @@ def eos_set(settings, path):
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: what the user calls it, where it stands (for error messages), and what was given."""
+    """One prompt: its name in the output, where it stands (for error messages), and what was given."""
 
     id: object
     where: str
-    content: object                                     # a string, or a list of messages
+    content: object                             # a string, or a list of messages
 
-
-def read_prompts(source):
-    """The prompts of a file, `-` for standard input: JSONL when the first line is a JSON object, else one a line."""
-    data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-    name = "standard input" if source == "-" else source
-    try:
-        text = data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{name}, line {line}: not UTF-8 (byte {data[error.start]:#04x})") from None
-    lines = [(i, line.strip("\r")) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not lines:
-        raise ValueError(f"{name} holds no prompt")
-    if not re.match(r'\s*\{\s*["}]', lines[0][1]):
-        return [Prompt(i, f"{name}, line {number}", line) for i, (number, line) in enumerate(lines)]
-    return [json_prompt(i, f"{name}, line {number}", line) for i, (number, line) in enumerate(lines)]
-
-
-def json_prompt(index, where, line):
-    """The prompt of one JSONL line: `prompt` (a string) or `messages` (a list of {role, content}), optional `id`."""
-    try:
-        entry = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where}: not valid JSON ({one_line(error)})") from None
-    if not isinstance(entry, dict) or ("prompt" in entry) == ("messages" in entry):
-        raise ValueError(f"{where}: expected an object with either 'prompt' or 'messages'")
-    content, name = entry.get("prompt", entry.get("messages")), entry.get("id", index)
-    if "prompt" in entry and not isinstance(content, str):
-        raise ValueError(f"{where}: 'prompt' is {content!r}; expected a string")
-    if "messages" in entry and not (isinstance(content, list) and content and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in content)):
-        raise ValueError(f"{where}: 'messages' must be a non-empty list of objects with string 'role' and 'content'")
-    if not isinstance(name, (str, int, float)):
-        raise ValueError(f"{where}: 'id' is {name!r}; expected a string or a number")
-    return Prompt(name, where, content)
+    @property
+    def messages(self):
+        """The conversation; a plain string is one user message."""
+        plain = isinstance(self.content, str)
+        return [{"role": "user", "content": self.content}] if plain else self.content
 
 
 def gather_prompts(args):
@@ -554,28 +526,67 @@ def gather_prompts(args):
     raise ValueError("no prompt; give --prompt TEXT (repeatable) or --prompts FILE")
 
 
+def read_prompts(source):
+    """The prompts of a file, `-` for stdin: JSONL when line 1 looks like an object, else one a line."""
+    data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+    name = "standard input" if source == "-" else source
+    try:
+        text = data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{name}, line {line}: not UTF-8 (byte {data[error.start]:#04x})") from None
+    numbered = enumerate(text.split("\n"), 1)
+    lines = [(f"{name}, line {i}", line.strip("\r")) for i, line in numbered if line.strip()]
+    if not lines:
+        raise ValueError(f"{name} holds no prompt")
+    if re.match(r'\s*\{\s*["}]', lines[0][1]):
+        return [json_prompt(i, *line) for i, line in enumerate(lines)]
+    return [Prompt(i, *line) for i, line in enumerate(lines)]
+
+
+def json_prompt(index, where, line):
+    """The prompt of a JSONL line: `prompt` (a string) or `messages` ({role, content} each), maybe `id`."""
+    try:
+        entry = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{where}: not valid JSON ({one_line(error)})") from None
+    if not isinstance(entry, dict) or ("prompt" in entry) == ("messages" in entry):
+        raise ValueError(f"{where}: expected an object with either 'prompt' or 'messages'")
+    prompt = Prompt(entry.get("id", index), where, entry.get("prompt", entry.get("messages")))
+    if "prompt" in entry and not isinstance(prompt.content, str):
+        raise ValueError(f"{where}: 'prompt' is {prompt.content!r}; expected a string")
+    if "messages" in entry and not (isinstance(prompt.content, list) and prompt.content):
+        raise ValueError(f"{where}: 'messages' is {prompt.content!r}; expected a list that is not empty")
+    for message in prompt.messages:
+        known = isinstance(message, dict) and [type(message.get(k)) for k in ("role", "content")]
+        if known != [str, str]:
+            raise ValueError(f"{where}: 'messages' has {message!r}; expected strings 'role' and 'content'")
+    if not isinstance(prompt.id, (str, int)):
+        raise ValueError(f"{where}: 'id' is {prompt.id!r}; expected a string or a whole number")
+    return prompt
+
+
 def encode(prompt, text, args, config):
     """A prompt's ids; ValueError names it where it can not be encoded or leaves no room in the context."""
-    chat = text.template is not None and not args.raw
-    messages = prompt.content if isinstance(prompt.content, list) else [{"role": "user", "content": prompt.content}]
+    chat, messages = text.template is not None and not args.raw, prompt.messages
+    if not chat and (isinstance(prompt.content, list) or args.system is not None):
+        reason = "--raw turns it off" if args.raw else "this model has none"
+        raise ValueError(f"{prompt.where}: messages and --system need a chat template, and {reason}")
     if args.system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": args.system}, *messages]
-    if not chat and (isinstance(prompt.content, list) or args.system is not None):
-        raise ValueError(f"{prompt.where}: messages and --system need a chat template, and "
-                         + ("--raw turns it off" if args.raw else "this model has none"))
     for message in messages:
         if any("\ud800" <= c <= "\udfff" for c in message["content"]):
             raise ValueError(f"{prompt.where}: not valid Unicode text (a lone surrogate)")
-    bad = "".join(text.unknown(message["content"]) for message in messages)
-    if bad:
-        hint = f"; its prompts look like those in {BUNDLED.name}/prompts.txt" if args.model is None else ""
-        raise ValueError(f"{prompt.where}: the tokenizer does not know the characters {bad!r}{hint}")
+        bad = text.unknown(message["content"])
+        if bad:
+            hint = f"; see {BUNDLED.name}/prompts.txt for what it does" if args.model is None else ""
+            raise ValueError(f"{prompt.where}: the tokenizer does not know the characters {bad!r}{hint}")
     ids = text.encode_chat(messages)[1] if chat else text.encode_raw(prompt.content)
     if not ids:
         raise ValueError(f"{prompt.where}: encodes to no token; give at least one")
     if len(ids) >= config.max_position_embeddings:
-        raise ValueError(f"{prompt.where}: has {len(ids)} tokens; the context holds {config.max_position_embeddings}, "
-                         "and one must be left to generate")
+        raise ValueError(f"{prompt.where}: has {len(ids)} tokens; the context holds "
+                         f"{config.max_position_embeddings}, and one must be left to generate")
     return ids
 
 
@@ -583,26 +594,26 @@ def encode(prompt, text, args, config):
 # what the user sees
 # ------------------------------------------------------------------------------
 
-def megabytes(count):
-    """A number of bytes for people."""
-    unit, name = next((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= u or u == 1e3)
-    return f"{count / unit:.1f} {name}"
-
-
 def memory(config, dtype, lengths, sampling, esamp, batch):
     """What a run holds at once, in bytes, by part."""
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Model(config).parameters())
-    size, rows = dtype.itemsize, min(batch, len(lengths)) * sampling.n
+    prompts, size, D = min(batch, len(lengths)), dtype.itemsize, config.hidden_size
+    rows, kv = prompts * sampling.n, config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     slots = max(lengths) + min(sampling.max_new_tokens, config.max_position_embeddings - min(lengths))
-    parts = {"weights": parameters * size,
-             "kv cache": 2 * config.num_hidden_layers * rows * config.num_key_value_heads * slots * config.head_dim * size,
-             "logits": 8 * 4 * rows * config.vocab_size}         # ref, dist, new and their fp64 CDF, about
+    parts = {"weights": parameters * size, "kv cache": 2 * kv * rows * slots * size,
+             "logits": 8 * 4 * rows * config.vocab_size}        # ref, dist, new and a CDF in fp64, about
     if esamp:
-        distillers = min(batch, len(lengths)) if esamp.scope == "prompt" else 1
-        pairs = 2 * (2 + esamp.train_every) * rows * config.hidden_size * 4
-        parts["Distiller"] = distillers * esamp.bytes(config.hidden_size) + pairs
+        pairs = 2 * (2 + esamp.train_every) * rows * D * 4      # two slots and the window, of two taps
+        parts["Distiller"] = (prompts if esamp.scope == "prompt" else 1) * esamp.bytes(D) + pairs
     return parts
+
+
+def size_text(count):
+    """A number of bytes for people."""
+    units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+    unit, name = next((u, n) for u, n in units if count >= u or u == 1e3)
+    return f"{count / unit:.1f} {name}"
 
 
 def printable(text):
@@ -612,21 +623,21 @@ def printable(text):
 
 def report(stats, seconds_s, esamp, name):
     """The lines that end a run for a person."""
-    s = stats.summary()
-
-    def share(value, form):
-        return "–" if value is None else format(value, form)
-    lines = [f"{'ESamp, β ' + format(esamp.beta, 'g') if esamp else 'vanilla'} on {name}",
-             f"  tokens       {s['tokens']:,} in {seconds_s:.1f} s, {s['tokens'] / max(seconds_s, 1e-9):,.0f} tok/s",
+    def text(value):
+        return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
+    s, rate_tok_s = {k: text(v) for k, v in stats.summary().items()}, stats.tokens / max(seconds_s, 1e-9)
+    lines = [f"{f'ESamp, β {esamp.beta:g}' if esamp else 'vanilla'} on {name}",
+             f"  tokens       {s['tokens']} in {seconds_s:.1f} s, {rate_tok_s:,.0f} tok/s",
              f"  distinct     {s['distinct_samples']} of {s['samples']} samples"]
     if esamp:
         lines += [
-            f"  Distiller    {s['updates']} updates; loss {share(s['loss_first_step'], '.4g')} at the first step → "
-            f"{share(s['loss_last_10_steps'], '.4g')} over the last ten",
-            f"               there, ĥ = h¹ gives {share(s['loss_last_10_steps_if_h1'], '.4g')} and a running mean of "
-            f"h^L {share(s['loss_last_10_steps_if_running_mean'], '.4g')}",
-            f"  reweighting  moved {share(s['moved_share'], '.1%')} of {s['reweighted_tokens']:,} tokens; "
-            f"KL(new ‖ ref) {share(s['kl_nats'], '.4f')} nats, total variation {share(s['total_variation'], '.4f')}"]
+            f"  Distiller    {s['updates']} updates; loss {s['loss_first_step']} at the first step, "
+            f"{s['loss_last_10_steps']} over the last ten",
+            f"               there, ĥ = h¹ gives {s['loss_last_10_steps_if_h1']} and a running mean of h^L "
+            f"{s['loss_last_10_steps_if_running_mean']}",
+            f"  reweighting  moved {s['moved_tokens']} of {s['reweighted_tokens']} tokens "
+            f"({100 * stats.moved / max(stats.reweighted, 1):.1f} %); KL(new ‖ ref) {s['kl_nats']} nats, "
+            f"total variation {s['total_variation']}"]
     return lines
 
 
@@ -647,16 +658,18 @@ class Out:
         if path is None:
             return
         folder = Path(path).resolve().parent
-        if Path(path).is_dir() or not folder.is_dir() or not os.access(path if Path(path).exists() else folder, os.W_OK):
+        target = path if Path(path).exists() else folder
+        if Path(path).is_dir() or not folder.is_dir() or not os.access(target, os.W_OK):
             raise ValueError(f"--out {path!r} can not be written; expected a file in a folder that exists")
 
     def write(self, entries):
         """Appends JSON lines in one piece."""
         if self.path is None:
             return
+        lines = "".join(json.dumps(e, ensure_ascii=False, allow_nan=False) + "\n" for e in entries)
         with uninterrupted():
             self.file = self.file or open(self.path, "w", encoding="utf-8")
-            self.file.write("".join(json.dumps(e, ensure_ascii=False, allow_nan=False) + "\n" for e in entries))
+            self.file.write(lines)
             self.file.flush()
 
 
@@ -695,6 +708,12 @@ FLAGS = {       # field: (flag, help); type and default are the field's own
         "train_every": ("--train-every", "steps whose pairs share one update of the Distiller"),
     },
 }
+ABOUT = """Generate text with ESamp (arXiv:2604.24927): the samples of a prompt share a small network, the
+Distiller, that learns while they are decoded and pushes them towards contexts it has not learnt yet."""
+EXAMPLES = """examples:
+  python decode.py --esamp
+  python decode.py --model path --esamp --prompt 'Once upon a time' --n 8
+  python decode.py --model path --esamp --prompts questions.jsonl --out answers.jsonl"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -707,87 +726,80 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser():
     """The flags; numeric ones come from the config dataclasses, one place per knob."""
-    parser = Parser(prog="decode.py", description="Generate text with ESamp (arXiv:2604.24927): samples of one prompt "
-                    "steer away from contexts that its Distiller has already learnt.", epilog="examples:\n"
-                    "  python decode.py --esamp\n"
-                    "  python decode.py --model path --esamp --prompt 'Once upon a time' --n 8\n"
-                    "  python decode.py --model path --esamp --prompts questions.jsonl --out answers.jsonl",
-                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--model", metavar="PATH", help="folder in Hugging Face layout, or Org/Name in the Hugging Face "
-                        "cache or on the hub (default: the bundled Countdown model)")
-    parser.add_argument("--esamp", action=argparse.BooleanOptionalAction, default=False, help="reweight with a Distiller "
-                        "(default: off, the plain model)")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
-    source.add_argument("--prompts", metavar="FILE", help="prompts, one a line, or JSONL with 'prompt' or 'messages' "
-                        "and an optional 'id'; - is standard input")
+    parser = Parser(prog="decode.py", description=ABOUT, epilog=EXAMPLES, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, source = parser.add_argument, parser.add_mutually_exclusive_group()
+    add("--model", metavar="PATH", help="folder in Hugging Face layout, or Org/Name in the Hugging Face "
+        "cache or on the hub (default: the bundled Countdown model)")
+    add("--esamp", action=argparse.BooleanOptionalAction, default=False,
+        help="reweight with a Distiller (default: off, the plain model)")
+    source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
+    source.add_argument("--prompts", metavar="FILE", help="prompts, one a line, or JSONL with 'prompt' or "
+                        "'messages' and maybe 'id'; - is stdin")
     for config, flags in FLAGS.items():
-        for f in dataclasses.fields(config):
-            if f.name in flags:
-                flag, text = flags[f.name]
-                kind = next(k for k in (int, float, str) if k.__name__ in str(f.type))
-                default = "off" if f.default is None else f.default
-                parser.add_argument(flag, dest=f.name, type=kind, default=f.default, help=f"{text} (default: {default})",
-                                    metavar={int: "N", float: "X", str: "{prompt,batch}"}[kind])
-    parser.add_argument("--batch-prompts", type=int, default=1, metavar="N", help="prompts decoded together (default: 1)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:N or mps (untested) (default: cuda if there is one, else cpu)")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the model (default: the checkpoint's on a GPU, "
-                        "float32 on a CPU)")
-    parser.add_argument("--raw", action="store_true", help="do not apply the model's chat template")
-    parser.add_argument("--system", metavar="TEXT", help="a system message in front of every prompt")
-    parser.add_argument("--out", metavar="FILE", help="write one JSON line per sample and a last one with the summary")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but warnings and errors")
+        fields = {f.name: f for f in dataclasses.fields(config)}
+        for name, (flag, text) in flags.items():
+            default = fields[name].default
+            kind = next(k for k in (int, float, str) if k.__name__ in str(fields[name].type))
+            shown = "off" if default is None else default
+            add(flag, dest=name, type=kind, default=default, help=f"{text} (default: {shown})",
+                metavar={int: "N", float: "X", str: "{prompt,batch}"}[kind])
+    add("--batch-prompts", type=int, default=1, metavar="N", help="prompts decoded together (default: 1)")
+    add("--device", help="cpu, cuda, cuda:N or mps (untested) (default: cuda if there is one, else cpu)")
+    add("--dtype", choices=tuple(DTYPES),
+        help="of the model (default: the checkpoint's on a GPU, float32 on a CPU)")
+    add("--raw", action="store_true", help="do not apply the model's chat template")
+    add("--system", metavar="TEXT", help="a system message in front of every prompt that has none")
+    add("--out", metavar="FILE", help="write one JSON line per sample and a last one with the summary")
+    add("--quiet", action="store_true", help="print nothing but warnings and errors")
     return parser
 
 
 def pick_device(name):
     """The torch.device of a name; ValueError where there is none such."""
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name is None:
         return torch.device("cuda" if cuda else "cpu")
     match = re.fullmatch(r"(cpu|mps|cuda)(?::(\d+))?", name)
-    count = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count() if cuda else 0}
+    count = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "cuda": cuda}
     if not match or int(match[2] or 0) >= count[match[1]]:
         there = ", ".join(f"{kind}:0 … {kind}:{n - 1}" if n > 1 else kind for kind, n in count.items() if n)
         raise ValueError(f"--device {name!r} is not there; accepted: {there}")
     return torch.device(name)
 
 
-def note(message, args):
-    """A line for a person, on stderr, so that stdout pipes."""
-    if not args.quiet:
-        print(message, file=sys.stderr, flush=True)
-
-
 def run(args):
-    """The whole of a run after its flags were parsed: everything is checked before any weight is read."""
-    pick = {config: {name: getattr(args, name) for name in flags} for config, flags in FLAGS.items()}
-    sampling = SamplingConfig(**pick[SamplingConfig])
-    esamp = ESampConfig(seed=sampling.seed, **pick[ESampConfig])
+    """A whole run after its flags were parsed: everything is checked before any weight is read."""
+    sampling = SamplingConfig(**{name: getattr(args, name) for name in FLAGS[SamplingConfig]})
+    esamp = ESampConfig(seed=sampling.seed, **{name: getattr(args, name) for name in FLAGS[ESampConfig]})
     esamp = esamp if args.esamp else None
     at_least_one("batch_prompts", args.batch_prompts)
     device, out, prompts = pick_device(args.device), Out(args.out), gather_prompts(args)
     folder = model_module.find(args.model if args.model is not None else BUNDLED)
     config = ModelConfig.read(folder)
     text = Text(folder, config)
-    dtype = DTYPES[args.dtype] if args.dtype else torch.float32 if device.type == "cpu" else config.dtype
     encoded = [encode(prompt, text, args, config) for prompt in prompts]
+    dtype = DTYPES[args.dtype] if args.dtype else torch.float32 if device.type == "cpu" else config.dtype
 
-    hints = ", ".join(f"{k} {text.hints[k]}" for k in SAMPLING_HINTS if k in text.hints)
-    if hints:
-        note(f"note: generation_config.json suggests {hints}; not used, the flags alone decide", args)
+    def note(line):
+        if not args.quiet:
+            print(line, file=sys.stderr, flush=True)
+    if text.hints:
+        hints = ", ".join(f"{name} {value}" for name, value in text.hints.items())
+        note(f"note: generation_config.json suggests {hints}; not used, the flags alone decide")
     if device.type == "mps":
-        note("note: mps is untested", args)
-    parts = memory(config, dtype or torch.float32, [len(ids) for ids in encoded], sampling, esamp, args.batch_prompts)
-    note(f"memory: {' + '.join(f'{k} {megabytes(v)}' for k, v in parts.items())} = {megabytes(sum(parts.values()))} "
-         f"on {device}", args)
+        note("note: mps is untested")
+    lengths = [len(ids) for ids in encoded]
+    parts = memory(config, dtype or torch.float32, lengths, sampling, esamp, args.batch_prompts)
+    total = size_text(sum(parts.values()))
+    note(f"memory: {' + '.join(f'{part} {size_text(n)}' for part, n in parts.items())} = {total} on {device}")
     model = model_module.load(folder, device, dtype)
     stats, seconds_s = decode_all(model, text, prompts, encoded, sampling, esamp, args, out)
 
-    settings = {"model": args.model or BUNDLED.name, "esamp": args.esamp, **dataclasses.asdict(sampling),
-                **({"distiller_" + k if k != "beta" else k: v for k, v in dataclasses.asdict(esamp).items()} if esamp else {}),
-                "batch_prompts": args.batch_prompts, "device": str(device), "torch": torch.__version__,
-                "dtype": str(model.head_weight.dtype).removeprefix("torch."), "raw": args.raw, "system": args.system}
+    settings = {"model": args.model or BUNDLED.name, "batch_prompts": args.batch_prompts, "raw": args.raw,
+                "system": args.system, "device": str(device), "torch": torch.__version__,
+                "dtype": str(model.head_weight.dtype).removeprefix("torch."),
+                "sampling": dataclasses.asdict(sampling), "esamp": esamp and dataclasses.asdict(esamp)}
     out.write([{"summary": {"settings": settings, "seconds": seconds_s, **stats.summary()}}])
     if not args.quiet:
         print("\n".join(report(stats, seconds_s, esamp, folder.name)))
@@ -797,35 +809,34 @@ def run(args):
 
 
 def decode_all(model, text, prompts, encoded, sampling, esamp, args, out):
-    """Runs the batches; prints and writes a prompt's samples when all of them have ended: (Stats, seconds)."""
-    stats, began = Stats(), time.monotonic()
+    """Runs the batches; prints and writes a prompt's samples when all have ended: (Stats, seconds)."""
+    stats, began, batch = Stats(), time.monotonic(), args.batch_prompts
     steps = min(sampling.max_new_tokens, model.config.max_position_embeddings - min(map(len, encoded)))
-    total = -(-len(encoded) // args.batch_prompts) * steps
-    with tqdm(total=total, unit="step", leave=False, disable=args.quiet or not sys.stderr.isatty()) as bar:
-        for start in range(0, len(encoded), args.batch_prompts):
-            def on_step(t, finished):
-                bar.update()
-                for i in sorted({sample.prompt for sample in finished}):
-                    emit(prompts[i], [s for s in finished if s.prompt == i], text, sampling, args, out, bar)
-
-            result = generate(model, encoded[start:start + args.batch_prompts], sampling, esamp, eos_ids=text.eos_ids,
+    silent = args.quiet or not sys.stderr.isatty()
+    with tqdm(total=-(-len(encoded) // batch) * steps, unit="step", leave=False, disable=silent) as bar:
+        def on_step(_t, finished):
+            bar.update()
+            for i in sorted({sample.prompt for sample in finished}):
+                emit(prompts[i], [s for s in finished if s.prompt == i], text, sampling, args, out, bar)
+        for start in range(0, len(encoded), batch):
+            result = generate(model, encoded[start:start + batch], sampling, esamp, eos_ids=text.eos_ids,
                               on_step=on_step, first_prompt=start)
             stats += result.stats
-            bar.n = (start // args.batch_prompts + 1) * steps
+            bar.n = (start // batch + 1) * steps
     return stats, time.monotonic() - began
 
 
 def emit(prompt, samples, text, sampling, args, out, bar):
     """One prompt's samples, to the JSONL file and to the screen."""
     texts = [text.decode(sample.token_ids) for sample in samples]
-    out.write([{"prompt_id": prompt.id, "sample": s.sample, "prompt": prompt.content, "text": t, "token_ids": s.token_ids,
-                "finish_reason": s.finish_reason, "logprob": s.logprob, "novelty": s.novelty, "seed": sampling.seed}
-               for s, t in zip(samples, texts, strict=True)])
+    out.write([{"prompt_id": prompt.id, "sample": s.sample, "prompt": prompt.content, "text": t,
+                "token_ids": s.token_ids, "finish_reason": s.finish_reason, "logprob": s.logprob,
+                "novelty": s.novelty, "seed": sampling.seed} for s, t in zip(samples, texts, strict=True)])
     if args.quiet:
         return
-    given = prompt.content if isinstance(prompt.content, str) else prompt.content[-1]["content"]
-    lines = [f"── {printable(given)}"]
-    lines += [f"{s.sample:4d}  " + printable(t).replace("\n", "\n      ") for s, t in zip(samples, texts, strict=True)]
+    lines = [f"── {printable(prompt.messages[-1]['content'])}"]
+    for s, t in zip(samples, texts, strict=True):
+        lines.append(f"{s.sample:4d}  " + printable(t).replace("\n", "\n      "))
     with bar.external_write_mode(file=sys.stdout):
         print("\n".join(lines) + "\n", flush=True)
 
@@ -840,15 +851,17 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("interrupted: unfinished prompts were dropped", file=sys.stderr)
         return 130
-    except BrokenPipeError:                             # the reader of our output has left
+    except BrokenPipeError:                     # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError, FloatingPointError) as error:
         message = one_line(error)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+        memory_kinds = (MemoryError, torch.OutOfMemoryError)
+        if not isinstance(error, memory_kinds) and "can't allocate memory" not in str(error):
             raise
-        message = "out of memory; lower --n, --batch-prompts, --max-new-tokens or --distiller-width, or use --dtype bfloat16"
+        message = ("out of memory; lower --n, --batch-prompts, --max-new-tokens or --distiller-width, "
+                   "or use --dtype bfloat16")
     print(f"decode.py: error: {message}", file=sys.stderr)
     return 2
 

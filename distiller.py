@@ -5,11 +5,11 @@
     E.2       two gated blocks, each x + down(silu(gate x) ⊙ up x), D → 384 → D      `Distiller.predict`
     E.2       Adam, lr 4e-4, ε 1e-4, gradient norm clipped to 0.5, per Distiller     `Distiller.train`
 
-The P Distillers of P prompts are one batched module: every product is a batched one, and nothing (loss, clip norm,
-moments, step count) crosses from one Distiller to another. All start from the same seeded weights, so what a prompt
-gets does not depend on its neighbours. One Distiller for a whole batch is P = 1.
+The P Distillers of P prompts are one batched module: every product is a batched one, and nothing (loss, clip
+norm, moments, step count) crosses from one Distiller to another. All start from the same seeded weights, so
+what a prompt gets does not depend on its neighbours. One Distiller for a whole batch is P = 1.
 
-Shapes: P Distillers, K rows of each, D width of the LLM, R inner width. Everything is fp32 whatever the LLM's dtype:
+Shapes: P Distillers, K rows of each, D width of the LLM, R inner width. All is fp32 whatever the LLM's dtype:
 a step of 1e-3 on a bf16 weight near 1 rounds to nothing. Knows nothing of time: `train_async` decides when.
 """
 
@@ -36,7 +36,7 @@ def at_least_one(name, value):
 class DistillerConfig:
     """The Distiller's knobs; a ValueError names the one out of range."""
 
-    scope: str = "prompt"          # "prompt": one Distiller per prompt; "batch": one for all prompts decoded together
+    scope: str = "prompt"          # one Distiller per "prompt", or per "batch" of prompts decoded together
     width: int = 384               # inner width R
     lr: float = 4e-4               # Adam's learning rate
     train_every: int = 1           # steps whose pairs share one update
@@ -52,7 +52,7 @@ class DistillerConfig:
             raise ValueError(f"scope is {self.scope!r}; accepted: {', '.join(SCOPES)}")
 
     def bytes(self, width_D):
-        """Bytes of one Distiller for an LLM of width D: weights, Adam's two moments, the gradient; all fp32."""
+        """Bytes of one Distiller for an LLM of width D: weights, Adam's two moments, gradient; all fp32."""
         return 4 * 4 * BLOCKS * 3 * width_D * self.width
 
 
@@ -87,7 +87,7 @@ class Distiller(nn.Module):
         self.step_P = torch.zeros(prompts, dtype=torch.int64, device=device)
 
     def predict(self, shallow_PKD):
-        """ĥ = f_φ(h¹): two blocks of x + down(silu(gate x) ⊙ up x), each Distiller on its own rows (eq. 3)."""
+        """ĥ = f_φ(h¹): two blocks of x + down(silu(gate x) ⊙ up x), each Distiller on its rows (eq. 3)."""
         x_PKD = shallow_PKD
         for gate_up, down in zip(self.gate_up, self.down, strict=True):
             gate_PKR, up_PKR = (x_PKD @ gate_up.mT).chunk(2, dim=-1)
@@ -95,9 +95,9 @@ class Distiller(nn.Module):
         return x_PKD
 
     def train(self, shallow_PKD, deep_PKD, live_PK):
-        """One Adam step of every Distiller on its live pairs (eq. 10); writes φ, returns the loss before it (P,).
+        """One Adam step of every Distiller on its live pairs (eq. 10); returns the loss before it (P,).
 
-        A Distiller without a live row is left as it was, bit for bit, step count included.
+        Writes φ. A Distiller without a live row is left as it was, bit for bit, step count included.
         """
         with torch.enable_grad():
             loss_P = loss(deep_PKD, self.predict(shallow_PKD), live_PK)
@@ -107,7 +107,7 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def _adam(self, gradients, active_P):
-        """φ ← φ − lr · m̂ / (√v̂ + ε) after clipping each Distiller's gradient to norm 0.5; idle ones weigh 0."""
+        """φ ← φ − lr·m̂/(√v̂ + ε) after clipping each Distiller's gradient to norm 0.5; idle ones weigh 0."""
         norm_P = torch.stack([g.square().sum((1, 2)) for g in gradients]).sum(0).sqrt()
         scale_P11 = (CLIP_NORM / (norm_P + 1e-6)).clamp(max=1)[:, None, None]
         self.step_P += active_P
@@ -115,7 +115,8 @@ class Distiller(nn.Module):
         seen_P11 = self.step_P.clamp(min=1).to(norm_P.dtype)[:, None, None]
         correct1_P11 = -torch.expm1(seen_P11 * math.log(BETA1))          # 1 − β₁^step
         correct2_P11 = -torch.expm1(seen_P11 * math.log(BETA2))
-        for weight, gradient, first, second in zip(self.parameters(), gradients, self.first, self.second, strict=True):
+        state = zip(self.parameters(), gradients, self.first, self.second, strict=True)
+        for weight, gradient, first, second in state:
             gradient = gradient * scale_P11
             first.lerp_(gradient, (1 - BETA1) * active_P11)
             second.lerp_(gradient.square(), (1 - BETA2) * active_P11)

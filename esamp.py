@@ -1,7 +1,8 @@
 """ESamp's equations as pure functions of tensors (Exploratory Sampling, arXiv:2604.24927).
 
-A tiny network, the Distiller, learns during decoding to predict an LLM's last hidden state from its first layer's.
-Where it fails, the context is new; the error, seen through the LLM's own head, says which tokens make it so:
+A tiny network, the Distiller, learns during decoding to predict an LLM's last hidden state from its first
+layer's. Where it fails, the context is new; the error, seen through the LLM's own head, says which tokens
+make it so:
 
     h^L  deep hidden state, the head's input        π_ref   softmax(ref), the LLM's distribution
     ĥ    the Distiller's prediction of h^L          π_new   softmax(new), what ESamp draws from
@@ -9,18 +10,19 @@ Where it fails, the context is new; the error, seen through the LLM's own head, 
     ref  W h^L, reference logits                    e       h^L − ĥ, the prediction error
     dist W ĥ, the Distiller's logits                u       one uniform number per row and token
 
-    eq.  1, 2   π_new maximises E[r] − KL(π ‖ π_ref)/β with r = log π_ref − log q_dist   `reweight`
-    eq.  3      ĥ = f_φ(h¹)                                                              `distiller.Distiller.predict`
-    eq.  4, 5   ref = W h^L, dist = W ĥ                                                  `model.Model.head`
-    eq.  6, 7   π_new ∝ π_ref^(1+β) / q_dist^β, new = (1+β)·ref − β·dist                 `reweight`
-    eq.  8      new = W((1+β)·h^L − β·ĥ): one product where nothing is filtered          `mix_hidden`
-    eq.  9      ‖e‖, the novelty of a context                                            `novelty`
-    eq. 10      the Distiller's loss                                                     `distiller.loss`
-    Algorithm 1 candidates from ref, before fusion                                       `keep_mask`
-                z ~ softmax(new / T), its noise an argument                              `draw`, `uniform`
+    eq.  1, 2   π_new maximises E[r] − KL(π ‖ π_ref)/β with
+                r = log π_ref − log q_dist                                       `reweight`
+    eq.  3      ĥ = f_φ(h¹)                                                      `distiller.Distiller.predict`
+    eq.  4, 5   ref = W h^L, dist = W ĥ                                          `model.Model.head`
+    eq.  6, 7   π_new ∝ π_ref^(1+β) / q_dist^β, new = (1+β)·ref − β·dist         `reweight`
+    eq.  8      new = W((1+β)·h^L − β·ĥ): one product where nothing is filtered  `mix_hidden`
+    eq.  9      ‖e‖, the novelty of a context                                    `novelty`
+    eq. 10      the Distiller's loss                                             `distiller.loss`
+    Algorithm 1 candidates from ref, before fusion                               `keep_mask`
+                z ~ softmax(new / T), its noise an argument                      `draw`, `uniform`
 
-Shapes: B rows, V vocabulary, D width. Any float dtype; half precision is raised to fp32 where it enters, `draw`
-works in fp64. No module, no randomness, no device code. One step in numbers (V = 4, D = 2, β = 0.5):
+Shapes: B rows, V vocabulary, D width. Any float dtype; half precision is raised to fp32 where it enters,
+`draw` works in fp64. No module, no randomness, no device code. One step in numbers (V = 4, D = 2, β = 0.5):
 
     >>> W = torch.tensor([[1., 0.], [0., 1.], [1., 1.], [-1., 0.]])
     >>> deep, predicted = torch.tensor([[2., 1.]]), torch.tensor([[1., 1.]])
@@ -78,20 +80,20 @@ def reweight(ref_BV, dist_BV, beta, keep_BV=None):
 
 
 def mix_hidden(deep_BD, predicted_BD, beta):
-    """h_mix = (1 + β)·h^L − β·ĥ, so that W h_mix = new (eqs. 7, 8): one head product where no filter is set."""
+    """h_mix = (1 + β)·h^L − β·ĥ, so W h_mix = new (eqs. 7, 8): one head product where no filter is set."""
     return (1 + beta) * at_least_fp32(deep_BD) - beta * at_least_fp32(predicted_BD)
 
 
 def novelty(deep_BD, predicted_BD):
-    """‖e‖ = ‖h^L − ĥ‖ (B,), the length of the push in hidden space: Δlogit_z = β·‖w_z‖·‖e‖·cos(w_z, e) (eq. 9)."""
+    """‖e‖ = ‖h^L − ĥ‖ (B,), the push's length in hidden space: Δlogit_z = β·‖w_z‖·‖e‖·cos(w_z, e) (eq. 9)."""
     return torch.linalg.vector_norm(at_least_fp32(deep_BD) - at_least_fp32(predicted_BD), dim=-1)
 
 
 def divergence(new_BV, ref_BV, temperature):
     """KL(π_new ‖ π_ref) in nats and the total variation ½ Σ|π_new − π_ref|, both (B,), at temperature T.
 
-    −inf marks a token that is no candidate; the candidates of new must be among those of ref. At T = 0 both are
-    point masses: 0 and 0 where they agree, infinity and 1 where they do not.
+    −inf marks a token that is no candidate; the candidates of new must be among those of ref. At T = 0 both
+    are point masses: 0 and 0 where they agree, infinity and 1 where they do not.
     """
     if temperature == 0:
         differ_B = new_BV.argmax(-1) != ref_BV.argmax(-1)
@@ -115,8 +117,8 @@ def at_least_fp32(x):
 def draw(logits_BV, uniform_B, temperature):
     """The first z with cdf(z) > u·cdf(V−1), cdf over ascending ids of exp(logits/T) in fp64: int64 (B,).
 
-    z follows softmax(logits/T) when u is uniform on [0, 1); −inf is never drawn. T = 0 is the largest logit, the
-    lowest id among equals, whatever u. A row with a NaN gives some id in range: whoever made it must look.
+    z follows softmax(logits/T) when u is uniform on [0, 1); −inf is never drawn. T = 0 is the largest logit,
+    the lowest id among equals, whatever u. A NaN row gives some id in range: whoever made it must look.
     """
     if temperature == 0:
         return logits_BV.argmax(-1)
@@ -129,9 +131,10 @@ def draw(logits_BV, uniform_B, temperature):
 def uniform(seed, prompt_B, sample_B, step):
     """u ∈ [0, 1), fp64 (B,): 53 bits that are a pure function of (seed, prompt, sample, step).
 
-    h ← 0; h ← mix(h ⊕ k) for the four keys in that order; u = (h's top 53 bits) / 2⁵³. prompt and sample are int64
-    tensors of 0-based indices (prompt: in the whole input, not in its batch), seed and step ints or tensors; step 0
-    draws the token after the prompt. The same row gets the same noise in any batch, on any device, in any port.
+    h ← 0; h ← mix(h ⊕ k) for the four keys in that order; u = (h's top 53 bits) / 2⁵³. prompt and sample are
+    int64 tensors of 0-based indices (prompt: in the whole input, not in its batch), seed and step ints or
+    tensors; step 0 draws the token after the prompt. The same row gets the same noise in any batch, on any
+    device, in any port.
     """
     h_B = torch.zeros_like(prompt_B)
     for key in (seed, prompt_B, sample_B, step):
@@ -140,7 +143,7 @@ def uniform(seed, prompt_B, sample_B, step):
 
 
 def splitmix(x):
-    """One step of SplitMix64 on int64 tensors read as unsigned: products wrap, which is arithmetic modulo 2⁶⁴."""
+    """One step of SplitMix64 on int64 tensors read as unsigned: products wrap (arithmetic modulo 2⁶⁴)."""
     x = x + (0x9E3779B97F4A7C15 - 2 ** 64)
     x = (x ^ shift(x, 30)) * (0xBF58476D1CE4E5B9 - 2 ** 64)
     x = (x ^ shift(x, 27)) * (0x94D049BB133111EB - 2 ** 64)
@@ -152,7 +155,7 @@ def shift(x, bits):
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-# ((seed, prompt, sample, step), u·2⁵³), computed with unbounded integers: for ports to check themselves against
+# ((seed, prompt, sample, step), u·2⁵³), from unbounded integers: for ports to check themselves against
 KNOWN_UNIFORMS = (
     ((0, 0, 0, 0), 1167743916529920),
     ((0, 0, 0, 1), 1488610488974510),

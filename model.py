@@ -10,8 +10,8 @@
 Shapes: B rows, L new positions, M cache slots, N layers, D width, H query heads, G kv heads, E head size,
 V vocabulary. Every method that takes token_BL or x_BLD also takes one position per row (token_B, x_BD).
 
-Dtypes: weights and activations have the dtype the model was loaded with; RMSNorm statistics, rotary angles and
-the returned logits are fp32 (fp64 for an fp64 model).
+Dtypes: weights and activations have the dtype the model was loaded with; RMSNorm statistics, rotary angles
+and the returned logits are fp32 (fp64 for an fp64 model).
 
 Does not include: sliding windows, mixture of experts, quantised weights, RoPE other than default, linear and
 llama3, training-time dropout. What is not implemented is refused by name, never approximated.
@@ -37,9 +37,10 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 ROPE_TYPES = ("default", "linear", "llama3")
 QWEN_DEFAULTS = dict(vocab_size=151936, hidden_size=4096, intermediate_size=22016, num_hidden_layers=32,
                      num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=32768)
-FAMILY_DEFAULTS = {                                     # what Hugging Face assumes for a key that is not there
+FAMILY_DEFAULTS = {                                     # what Hugging Face assumes for an absent key
     "llama": dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-                  num_attention_heads=32, num_key_value_heads=None, head_dim=None, max_position_embeddings=2048),
+                  num_attention_heads=32, num_key_value_heads=None, head_dim=None,
+                  max_position_embeddings=2048),
     "qwen2": QWEN_DEFAULTS | dict(head_dim=None),
     "qwen3": QWEN_DEFAULTS | dict(head_dim=128),
 }
@@ -58,7 +59,7 @@ def read_json(path):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a model, in config.json's names; `ModelConfig.read(folder)` makes one from a checkpoint."""
+    """The shape of a model in config.json's names; `ModelConfig.read(folder)` makes one from a checkpoint."""
 
     model_type: str
     vocab_size: int
@@ -71,7 +72,7 @@ class ModelConfig:
     max_position_embeddings: int
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
-    attention_bias: bool = False                        # biases on q, k, v and o (Qwen2 has them on q, k, v only)
+    attention_bias: bool = False                        # biases on q, k, v and o (Qwen2: on q, k, v only)
     mlp_bias: bool = False
     rope_type: str = "default"
     rope_theta: float = 10000.0
@@ -83,9 +84,11 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.model_type not in FAMILY_DEFAULTS:
-            raise ValueError(f"model_type {self.model_type!r} is not implemented; accepted: {', '.join(FAMILY_DEFAULTS)}")
+            raise ValueError(f"model_type {self.model_type!r} is not implemented; "
+                             f"accepted: {', '.join(FAMILY_DEFAULTS)}")
         if self.rope_type not in ROPE_TYPES:
-            raise ValueError(f"RoPE type {self.rope_type!r} is not implemented; accepted: {', '.join(ROPE_TYPES)}")
+            raise ValueError(f"RoPE type {self.rope_type!r} is not implemented; "
+                             f"accepted: {', '.join(ROPE_TYPES)}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             whole = isinstance(value, int) and not isinstance(value, bool)
@@ -111,8 +114,9 @@ class ModelConfig:
         """The config of a checkpoint folder; ValueError or OSError names the file and the value at fault."""
         path = Path(folder) / "config.json"
         if not Path(folder).is_dir():
-            raise ValueError(f"model folder {str(folder)!r} " + ("is a file, not a folder" if Path(folder).exists() else
-                             "does not exist") + "; expected a folder with config.json and *.safetensors")
+            what = "is a file, not a folder" if Path(folder).exists() else "does not exist"
+            raise ValueError(f"model folder {str(folder)!r} {what}; "
+                             "expected a folder with config.json and *.safetensors")
         if not path.is_file():
             raise ValueError(f"{folder} has no config.json; expected a Hugging Face checkpoint folder")
         try:
@@ -125,7 +129,8 @@ class ModelConfig:
         """The config from config.json's content, in either spelling of RoPE and dtype; see `read`."""
         family = raw.get("model_type")
         if not isinstance(family, str) or family not in FAMILY_DEFAULTS:
-            raise ValueError(f"model_type {family!r} is not implemented; accepted: {', '.join(FAMILY_DEFAULTS)}")
+            raise ValueError(f"model_type {family!r} is not implemented; "
+                             f"accepted: {', '.join(FAMILY_DEFAULTS)}")
         refuse_unimplemented(raw)
         values = {name: raw.get(name, default) for name, default in FAMILY_DEFAULTS[family].items()}
         if values["num_key_value_heads"] is None:
@@ -146,7 +151,8 @@ def refuse_unimplemented(raw):
     if not isinstance(raw.get("layer_types") or [], list):
         raise ValueError(f"layer_types is {raw['layer_types']!r}; expected a list")
     if raw.get("quantization_config"):
-        raise ValueError("quantization_config is set; quantised weights are not implemented (fp32, fp16, bf16 are)")
+        raise ValueError("quantization_config is set; quantised weights are not implemented "
+                         "(fp32, fp16, bf16 are)")
     if raw.get("use_sliding_window") or set(map(str, raw.get("layer_types") or ())) - {"full_attention"}:
         raise ValueError("a sliding window is in use; only full attention in every layer is implemented")
     if raw.get("hidden_act", "silu") != "silu":
@@ -172,7 +178,8 @@ def read_rope(raw, values):
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1, 1.0):
         raise ValueError("partial_rotary_factor is not implemented; accepted: 1")
     found = {"rope_type": kind, "rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10000.0))}
-    needed = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+    needed = {"default": (), "linear": ("factor",),
+              "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
     for name in needed[kind]:
         if name not in rope:
             raise ValueError(f"{kind} RoPE needs {name!r}, which is missing")
@@ -193,7 +200,7 @@ def rope_frequencies(config):
     frequency = 1.0 / config.rope_theta ** (i / config.head_dim)
     if config.rope_type == "linear":
         return frequency / config.rope_factor
-    if config.rope_type == "llama3":                    # long waves stretched, short ones kept, a ramp between
+    if config.rope_type == "llama3":                    # long waves stretched, short kept, a ramp between
         turns = config.rope_original_context * frequency / (2 * math.pi)
         low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
         keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -212,7 +219,7 @@ def rotate(x_BHLE, cos_BLE, sin_BLE):
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean x² + ε) · weight, statistics in fp32, the cast back before the weight as Hugging Face does."""
+    """x / √(mean x² + ε) · weight, statistics in fp32, the cast back before the weight as in Hugging Face."""
 
     def __init__(self, width, eps):
         super().__init__()
@@ -230,7 +237,8 @@ class Attention(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        D, E, H, G = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        D, E = config.hidden_size, config.head_dim
+        H, G = config.num_attention_heads, config.num_key_value_heads
         bias = config.attention_bias or config.model_type == "qwen2"
         self.layer, self.head_dim = layer, E
         self.q_proj = nn.Linear(D, H * E, bias=bias)
@@ -243,14 +251,15 @@ class Attention(nn.Module):
 
     def forward(self, x_BLD, rope, place, cache):
         """Attends to everything up to each position; appends the new keys and values to the cache, if any."""
-        q_BHLE = rotate(self.q_norm(self.q_proj(x_BLD).unflatten(-1, (-1, self.head_dim))).transpose(1, 2), *rope)
-        k_BGLE = rotate(self.k_norm(self.k_proj(x_BLD).unflatten(-1, (-1, self.head_dim))).transpose(1, 2), *rope)
-        v_BGLE = self.v_proj(x_BLD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        heads = (-1, self.head_dim)
+        q_BHLE = rotate(self.q_norm(self.q_proj(x_BLD).unflatten(-1, heads)).transpose(1, 2), *rope)
+        k_BGLE = rotate(self.k_norm(self.k_proj(x_BLD).unflatten(-1, heads)).transpose(1, 2), *rope)
+        v_BGLE = self.v_proj(x_BLD).unflatten(-1, heads).transpose(1, 2)
         if cache is not None:
             k_BGLE, v_BGLE = cache.write(self.layer, k_BGLE, v_BGLE, place)
         mask = None if place.seen_BLM is None else place.seen_BLM[:, None]
-        mixed_BHLE = F.scaled_dot_product_attention(q_BHLE, k_BGLE, v_BGLE, attn_mask=mask, is_causal=mask is None,
-                                                    enable_gqa=True)
+        mixed_BHLE = F.scaled_dot_product_attention(q_BHLE, k_BGLE, v_BGLE, attn_mask=mask,
+                                                    is_causal=mask is None, enable_gqa=True)
         return self.o_proj(mixed_BHLE.transpose(1, 2).flatten(-2))
 
 
@@ -291,7 +300,7 @@ class Block(nn.Module):
 
 @dataclass
 class Place:
-    """Where L new tokens of each row sit: their slots, and which slots each may see (None: causal from slot 0)."""
+    """Where L new tokens of each row sit: their slots, and which each may see (None: causal from slot 0)."""
 
     slot_BL: torch.Tensor
     seen_BLM: torch.Tensor | None
@@ -307,6 +316,7 @@ class KVCache:
     """
 
     def __init__(self, config, rows, slots, device, dtype):
+        self.config = config
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, slots, config.head_dim)
         self.k_NBGME = torch.zeros(shape, device=device, dtype=dtype)
         self.v_NBGME = torch.zeros(shape, device=device, dtype=dtype)
@@ -322,10 +332,11 @@ class KVCache:
         slot_BL = self.position_B[:, None] + torch.arange(length, device=self.position_B.device)
         if self.filled == 0:
             return Place(slot_BL, None)
-        return Place(slot_BL, torch.arange(self.filled + length, device=slot_BL.device) <= slot_BL[:, :, None])
+        slot_M = torch.arange(self.filled + length, device=slot_BL.device)
+        return Place(slot_BL, slot_M <= slot_BL[:, :, None])
 
     def write(self, layer, k_BGLE, v_BGLE, place):
-        """Writes one layer's new keys and values; returns all that the rows may look at, (B, G, filled + L, E)."""
+        """Writes one layer's new keys and values; returns all that rows may see, (B, G, filled + L, E)."""
         live = self.filled + k_BGLE.shape[2]
         self.k_NBGME[layer][self.row_B1, :, place.slot_BL] = k_BGLE.transpose(1, 2).to(self.k_NBGME.dtype)
         self.v_NBGME[layer][self.row_B1, :, place.slot_BL] = v_BGLE.transpose(1, 2).to(self.v_NBGME.dtype)
@@ -337,16 +348,15 @@ class KVCache:
         self.filled += length
 
     def repeat(self, samples, length_P, slots):
-        """The cache of `samples` rows per prompt, with room for `slots`: what `length_P` says is prompt is copied
-        and the padding behind it forgotten."""
+        """The cache of `samples` rows per prompt, with room for `slots`.
+
+        What `length_P` says is prompt is copied, and the padding behind it forgotten.
+        """
         N, P, G, _, E = self.k_NBGME.shape
-        wider = object.__new__(KVCache)
-        wider.k_NBGME = self.k_NBGME.new_zeros(N, P * samples, G, slots, E)
-        wider.v_NBGME = self.v_NBGME.new_zeros(N, P * samples, G, slots, E)
+        wider = KVCache(self.config, P * samples, slots, self.k_NBGME.device, self.k_NBGME.dtype)
         for old, new in ((self.k_NBGME, wider.k_NBGME), (self.v_NBGME, wider.v_NBGME)):
             new.view(N, P, samples, G, slots, E)[..., :self.filled, :] = old[:, :, None, :, :self.filled]
         wider.position_B = length_P.repeat_interleave(samples)
-        wider.row_B1 = torch.arange(P * samples, device=length_P.device)[:, None]
         wider.filled = self.filled
         return wider
 
@@ -400,7 +410,7 @@ class Model(nn.Module):
         return self._run(self.model.embed_tokens(token_BL), self.model.layers[:1], cache)
 
     def upper(self, shallow_BLD, cache=None):
-        """h^L = norm(blocks 1 … N−1 of h¹): (B, L, D) → (B, L, D). Writes the other layers and moves the cache on."""
+        """h^L = norm(blocks 1 … N−1 of h¹), both (B, L, D); writes the other layers, moves the cache on."""
         if shallow_BLD.dim() == 2:
             return self.upper(shallow_BLD[:, None], cache)[:, 0]
         deep_BLD = self.model.norm(self._run(shallow_BLD, self.model.layers[1:], cache))
@@ -422,18 +432,19 @@ class Model(nn.Module):
 # the checkpoint
 # ------------------------------------------------------------------------------
 
-HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-             "model*.safetensors", "model.safetensors.index.json"]
+HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+             "chat_template.jinja", "model*.safetensors", "model.safetensors.index.json"]
 
 
 def find(name):
-    """The folder of a model given as a folder or as `Org/Name` on the Hugging Face hub (cache first, then download).
+    """The folder of a model given as a folder or as `Org/Name` on the Hugging Face hub.
 
-    Only config, tokenizer and safetensors files are fetched; offline and absent is a ValueError.
+    The local cache comes first, then the download. Only config, tokenizer and safetensors files are fetched;
+    offline and absent is a ValueError.
     """
     if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)):
         return Path(name)
-    import huggingface_hub                              # slow to import, and only needed here
+    import huggingface_hub  # slow to import, and only needed here
     try:
         folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
         if any(folder.glob("*.safetensors")):
@@ -449,15 +460,16 @@ def find(name):
 
 
 def weight_files(folder):
-    """The safetensors files of a checkpoint, and the tensor names its index promises (empty without an index)."""
+    """The safetensors files of a checkpoint, and the tensor names its index promises (empty without one)."""
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"], set()
     if not index.is_file():
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        raise ValueError(f"{folder} has no model.safetensors" + (f" but the pickle {pickles[0]}, which is never loaded: "
-                         "convert it to safetensors" if pickles else " and no model.safetensors.index.json"))
+        what = (f" but the pickle {pickles[0]}, which is never loaded: convert it to safetensors"
+                if pickles else " and no model.safetensors.index.json")
+        raise ValueError(f"{folder} has no model.safetensors{what}")
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
         raise ValueError(f"{index}: weight_map is missing or malformed; expected tensor name → file name")
@@ -472,8 +484,8 @@ def weight_files(folder):
 def load(folder, device="cpu", dtype=None):
     """The model of a checkpoint folder, its weights frozen, tensor by tensor straight to the device.
 
-    dtype None keeps the checkpoint's. Every tensor is accounted for, both ways: a missing, unexpected, misshapen or
-    non-finite one is a ValueError that names it, its file and the shapes.
+    dtype None keeps the checkpoint's. Every tensor is accounted for, both ways: a missing, unexpected,
+    misshapen or non-finite one is a ValueError that names it, its file and the shapes.
     """
     config = ModelConfig.read(folder)
     with torch.device("meta"):
@@ -487,7 +499,8 @@ def load(folder, device="cpu", dtype=None):
                     if is_redundant(name, config):
                         continue
                     if name not in missing:
-                        raise ValueError(f"{path}: unexpected tensor {name} for a {config.model_type} of this config")
+                        raise ValueError(f"{path}: unexpected tensor {name} "
+                                         f"for a {config.model_type} of this config")
                     tensor = checked(file, name, missing.pop(name).shape, path)
                     owner, _, leaf = name.rpartition(".")
                     tensor = tensor.to(device, dtype or config.dtype or tensor.dtype, copy=True)
@@ -496,8 +509,9 @@ def load(folder, device="cpu", dtype=None):
             raise ValueError(f"{path} is not a readable safetensors file ({error})") from None
     absent = sorted(missing)
     if absent:
-        raise ValueError(f"{folder}: tensor {absent[0]} is missing" + (f", and {len(absent) - 1} more" * (len(absent) > 1))
-                         + (" although the index names it" * (absent[0] in promised)))
+        others = f", and {len(absent) - 1} more" * (len(absent) > 1)
+        indexed = " although the index names it" * (absent[0] in promised)
+        raise ValueError(f"{folder}: tensor {absent[0]} is missing{others}{indexed}")
     model.frequency = model.frequency.to(device)
     return model.eval()
 
@@ -508,10 +522,11 @@ def is_redundant(name, config):
 
 
 def checked(file, name, shape, path):
-    """One tensor of an open safetensors file; ValueError unless it is floating point, of that shape, and finite."""
+    """One tensor of an open safetensors file; ValueError unless floating point, of that shape, and finite."""
     stored = file.get_slice(name)
     if tuple(stored.get_shape()) != tuple(shape):
-        raise ValueError(f"{path}: {name} has shape {tuple(stored.get_shape())}; the config asks for {tuple(shape)}")
+        raise ValueError(f"{path}: {name} has shape {tuple(stored.get_shape())}; "
+                         f"the config asks for {tuple(shape)}")
     if stored.get_dtype() not in ("F32", "F16", "BF16"):
         raise ValueError(f"{path}: {name} is stored as {stored.get_dtype()}; accepted: F32, F16, BF16")
     tensor = file.get_tensor(name)

@@ -7,18 +7,18 @@
                                                       └ overlaps lower, upper of t+1 ┘
     ●X records event X, ○X waits for it.   S shallow tap ready   P prediction ready   D deep tap ready
 
-1. φ is read and written on `side` only, so stream order is its lock: step t predicts with a φ that was trained on
-   exactly the pairs of earlier steps. No staleness, no torn read.
-2. Tap slot t % 2 holds (h¹, h^L, live) of step t. Step t+2 rewrites it after main has waited for P(t+1), and side ran
-   train(t) before predict(t+1). One slot would not do.
+1. φ is read and written on *side* only, so stream order is its lock: step t predicts with a φ that was
+   trained on exactly the pairs of earlier steps. No staleness, no torn read.
+2. Tap slot t % 2 holds (h¹, h^L, live) of step t. Step t+2 rewrites it after main has waited for P(t+1), and
+   side ran train(t) before predict(t+1). One slot would not do.
 3. The prediction buffer is rewritten by predict(t+1), after S(t+1), which main recorded after reweight(t).
 
 Hence timing can not change a token: overlapped and serial runs agree bit for bit. The argument is also data:
 `schedule` lists the operations and `races` searches them for a conflicting pair that no order covers.
 
-With train_every = u, side copies each step's pair into a window of u steps and trains once when it is full; an
-incomplete last window is dropped. On a CPU a `Lane` is nothing at all: the same program, in order. This is the only
-file that says stream or event. Shapes: B rows, P Distillers, K rows of each, D width, U window.
+With train_every = u, side copies each step's pair into a window of u steps and trains once when it is full;
+an incomplete last window is dropped. On a CPU a `Lane` is nothing at all: the same program, in order. This is
+the only file that says stream or event. Shapes: B rows, P Distillers, K rows of each, D width, U window.
 """
 
 from dataclasses import dataclass
@@ -27,10 +27,10 @@ import torch
 
 
 class Lane:
-    """Device work beside the caller's: `run` queues it on a side stream; without CUDA it runs where it is called.
+    """Device work beside the caller's: `run` queues it on a side stream; without CUDA it runs where called.
 
-    Events are (letter, step) pairs. The real events are one per letter, allocated once: a wait holds for the latest
-    record at the time it is issued, and both are issued in program order.
+    Events are (letter, step) pairs. The real events are one per letter, allocated once: a wait holds for the
+    latest record at the time it is issued, and both are issued in program order.
     """
 
     def __init__(self, device):
@@ -40,7 +40,8 @@ class Lane:
     def record(self, event):
         """main: everything queued so far comes before `event`."""
         if self.stream is not None:
-            self.events.setdefault(event[0], torch.cuda.Event()).record()
+            main = torch.cuda.current_stream(self.stream.device)
+            self.events.setdefault(event[0], torch.cuda.Event()).record(main)
 
     def wait(self, event):
         """main: everything queued from now on comes after `event`."""
@@ -62,8 +63,8 @@ class Lane:
 class AsyncDistiller:
     """A Distiller in time: `predict`, `prediction`, `train`, once each per step t = 0, 1, …; then `finish`.
 
-    rows must be a multiple of the Distiller's P; rows of one Distiller are neighbours. Buffers are allocated here,
-    once, and shared by the two streams; whatever a stream makes for itself never leaves it.
+    rows must be a multiple of the Distiller's P; rows of one Distiller are neighbours. Buffers are allocated
+    here, once, and shared by the two streams; whatever a stream makes for itself never leaves it.
     """
 
     def __init__(self, distiller, rows, width_D, train_every=1, device="cpu", slots=2):
@@ -73,7 +74,8 @@ class AsyncDistiller:
         self.shape_PKD = (len(distiller.step_P), rows // len(distiller.step_P), width_D)
         self.shallow_SBD, self.deep_SBD = buffer(slots, rows, width_D), buffer(slots, rows, width_D)
         self.live_SB = buffer(slots, rows, dtype=torch.bool)
-        self.shallow_UBD, self.deep_UBD = buffer(train_every, rows, width_D), buffer(train_every, rows, width_D)
+        self.shallow_UBD = buffer(train_every, rows, width_D)
+        self.deep_UBD = buffer(train_every, rows, width_D)
         self.live_UB = buffer(train_every, rows, dtype=torch.bool)
         self.predicted_BD, self.step = buffer(rows, width_D), None
         self.lane = Lane(device)                        # φ and the buffers were made on main, before S(0)
@@ -96,7 +98,7 @@ class AsyncDistiller:
         return self.predicted_BD
 
     def train(self, t, deep_BD):
-        """Starts the update on step t's pairs (eq. 10), or stores them until the window of `train_every` is full."""
+        """Starts the update on step t's pairs (eq. 10), or stores them until the window is full."""
         slot, place = t % self.slots, t % self.train_every
         self.deep_SBD[slot].copy_(deep_BD)
         self.lane.record(("D", t))
@@ -106,7 +108,8 @@ class AsyncDistiller:
             self.deep_UBD[place].copy_(self.deep_SBD[slot])
             self.live_UB[place].copy_(self.live_SB[slot])
             if place == self.train_every - 1:
-                self.distiller.train(*(self._by_distiller(x) for x in (self.shallow_UBD, self.deep_UBD, self.live_UB)))
+                window = (self.shallow_UBD, self.deep_UBD, self.live_UB)
+                self.distiller.train(*(self._by_distiller(x) for x in window))
         self.lane.run(work, waits=("D", t))
 
     def _by_distiller(self, window):
@@ -126,7 +129,7 @@ class AsyncDistiller:
 
 @dataclass(frozen=True)
 class Op:
-    """One operation: what it reads and writes as (place, version of its content), the events it waits for, records."""
+    """One operation: its reads and writes as (place, version of its content), what it awaits and records."""
 
     stream: str
     name: str
@@ -149,7 +152,8 @@ def schedule(steps, slots=2, train_every=1):
                waits=(("S", t),), records=(("P", t),)),
             Op("main", f"reweight {t}", reads=(("ĥ", t),), waits=(("P", t),)),
             Op("main", f"deep {t}", writes=((deep, t),), records=(("D", t),)),
-            Op("side", f"train {t}", waits=(("D", t),), reads=((shallow, t), (deep, t)) + ((*older, ("φ", updates)) if full else ()),
+            Op("side", f"train {t}", waits=(("D", t),),
+               reads=((shallow, t), (deep, t)) + ((*older, ("φ", updates)) if full else ()),
                writes=(window, ("φ", updates + 1)) if full else (window,)),
         ]
     return ops + [Op("side", "last", records=(("F", 0),)),
@@ -157,8 +161,10 @@ def schedule(steps, slots=2, train_every=1):
 
 
 def races(ops):
-    """Pairs (earlier, later) of operations that touch one place, one writing, with no order between them; and pairs
-    (writer, reader) where the order is there but the reader meets another version than the one it names."""
+    """Pairs (earlier, later) of operations that touch one place, one writing, with no order between them.
+
+    Also pairs (writer, reader) where the order is there but the reader meets another version than it names.
+    """
     before, last, recorded, found = {}, {}, {}, []       # before[name]: all operations ordered before it
     for i, op in enumerate(ops):
         sources = [last[op.stream]] if op.stream in last else []
@@ -173,7 +179,8 @@ def races(ops):
             if touches and other.name not in before[op.name]:
                 found.append((other.name, op.name))
         for place, version in op.reads:
-            writes = [(o.name, v) for o in ops[:i] for p, v in o.writes if p == place and o.name in before[op.name]]
+            writes = [(o.name, v) for o in ops[:i] for p, v in o.writes
+                      if p == place and o.name in before[op.name]]
             if writes and writes[-1][1] != version:
                 found.append((writes[-1][0], op.name))
     return found

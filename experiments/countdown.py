@@ -1,14 +1,14 @@
 """Countdown: reach a two-digit target from four digits in three steps, e.g. 9875>87: → 7+5=12,12*8=96,96-9=87
 
-A task whose answers can be *verified* and where one problem has several, so that a sampler's success (pass@k) and
-its diversity (distinct correct solutions) are both exact counts.
+A task whose answers can be *verified* and where one problem has several, so that a sampler's success (pass@k)
+and its diversity (distinct correct solutions) are both exact counts.
 
     problem    four digits 1–9, highest first, `>`, a target from 10 to 99, `:`        always eight characters
-    answer     three steps `a∘b=c` joined by commas; ∘ is + − × ÷ (written + - * /), every c is a whole number from
-               1 to 99, every step uses two of the numbers still on the table, the last c is the target
+    answer     three steps `a∘b=c` joined by commas; ∘ is + − × ÷ (written + - * /), every c is a whole number
+               from 1 to 99, every step uses two of the numbers still on the table, the last c is the target
     solution   the expression an answer computes, up to the order of sums and products (`canonical`)
-    split      by the *multiset of digits*: about 8 % of the 495 are held out, so a test problem shares neither
-               digits nor targets-with-those-digits with the training set
+    split      by the *multiset of digits*: about 8 % of the 495 are held out, so a test problem shares
+               neither digits nor targets-with-those-digits with the training set
 """
 
 import hashlib
@@ -89,8 +89,8 @@ def test_prompts(random, count):
 def parse(prompt, answer):
     """The expression tree that `answer` computes for `prompt`, or None where it is no correct answer.
 
-    A leaf is a digit; a node is (operator, left, right). Where a digit and an intermediate result are equal, the
-    intermediate result is used first.
+    A leaf is a digit; a node is (operator, left, right). Where a digit and an intermediate result are equal,
+    the intermediate result is used first.
     """
     digits, _, target = prompt.rstrip(":").partition(">")
     table = [(int(d), int(d)) for d in digits]                   # (value, tree), newest first
@@ -122,13 +122,13 @@ def is_correct(prompt, answer):
 
 
 def canonical(prompt, answer):
-    """One string per solution: sums and products are sorted, so two orders of one sum are one solution; None if wrong."""
+    """One string per solution, None if wrong; sums and products are sorted, so their order does not count."""
     tree = parse(prompt, answer)
     return None if tree is None else flat(tree)
 
 
 def flat(tree):
-    """A tree as text: a chain of + and − is one sorted list of signed terms, a chain of × and ÷ one of factors."""
+    """A tree as text: a chain of + and − is one sorted list of signed terms, one of × and ÷ of factors."""
     if isinstance(tree, int):
         return str(tree)
     family = "+-" if tree[0] in "+-" else "*/"

@@ -1,13 +1,13 @@
-"""Trains the bundled checkpoint, `checkpoints/countdown/`, from scratch with this project's own `Model.forward`.
+"""Trains the bundled checkpoint, `checkpoints/countdown/`, from scratch with this project's `Model.forward`.
 
     python -m experiments.train_countdown --out checkpoints/countdown         # train, write, evaluate
-    python -m experiments.train_countdown --evaluate checkpoints/countdown    # only the figures of the model card
+    python -m experiments.train_countdown --evaluate checkpoints/countdown    # only the model card's figures
 
-A 0.79M-parameter Qwen3-style model (query heads share kv heads, q/k norms), a character tokenizer, problems made
-on the fly. Muon on the matrices, AdamW on embeddings, head and norms, both with a linear decay to zero; fp32 on a CPU,
-bf16 autocast on a GPU. Seeded: step s draws its batch from (seed, s) alone, so a resumed run sees the same problems. Progress goes
-to stderr; `train_state.pt` beside the output (written by this script for this script, and removed at the end) lets a
-killed run go on where it was.
+A 0.79M-parameter Qwen3-style model (query heads share kv heads, q/k norms), a character tokenizer, problems
+made on the fly. Muon on the matrices, AdamW on embeddings, head and norms, both with a linear decay to zero;
+fp32 on a CPU, bf16 autocast on a GPU. Seeded: step s draws its batch from (seed, s) alone, so a resumed run
+sees the same problems. Progress goes to stderr; `train_state.pt` beside the output (written by this script
+for this script, and removed at the end) lets a killed run go on where it was.
 """
 
 import argparse
@@ -37,9 +37,10 @@ SAVE_EVERY = 200                                        # steps
 CONFIG = dict(
     architectures=["Qwen3ForCausalLM"], model_type="qwen3", vocab_size=len(VOCABULARY), hidden_size=128,
     intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-    max_position_embeddings=64, rms_norm_eps=1e-6, rope_parameters=dict(rope_type="default", rope_theta=10000.0),
-    tie_word_embeddings=False, attention_bias=False, hidden_act="silu", use_sliding_window=False,
-    bos_token_id=BOS, eos_token_id=EOS, dtype="float32")
+    max_position_embeddings=64, rms_norm_eps=1e-6,
+    rope_parameters=dict(rope_type="default", rope_theta=10000.0), tie_word_embeddings=False,
+    attention_bias=False, hidden_act="silu", use_sliding_window=False, bos_token_id=BOS, eos_token_id=EOS,
+    dtype="float32")
 
 
 def tokenizer():
@@ -80,8 +81,9 @@ def fresh_model(seed, device):
 def optimizers(model):
     """Muon for the blocks' matrices, AdamW for everything else.
 
-    The weight decay keeps the residual stream at an LLM's scale (‖h¹‖ about 5 beside ‖h^L‖ about 13): without it the
-    same recipe ends at ‖h¹‖ = 81, from which no Distiller of the paper's size predicts anything in 22 steps.
+    The weight decay keeps the residual stream at an LLM's scale (‖h¹‖ about 5, ‖h^L‖ about 13): without it
+    the same recipe ends at ‖h¹‖ = 81, from which no Distiller of the paper's size predicts anything in 22
+    steps.
     """
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in name]
     rest = [p for name, p in model.named_parameters() if not (p.dim() == 2 and ".layers." in name)]
@@ -90,7 +92,7 @@ def optimizers(model):
 
 
 def train(args):
-    """Runs `args.steps` steps, or goes on with the run that `train_state.pt` holds; returns (model, seconds)."""
+    """Runs `args.steps` steps, or goes on with the run in `train_state.pt`; returns (model, seconds)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, state_file = fresh_model(args.seed, device), Path(args.out) / "train_state.pt"
     opts, start, spent_s = optimizers(model), 0, 0.0
@@ -114,8 +116,8 @@ def train(args):
         spent_s = time.monotonic() - began
         if (step + 1) % 50 == 0:
             left_s = spent_s / (step + 1) * (args.steps - step - 1)
-            print(f"step {step + 1}/{args.steps}  loss {loss.item():.4f}  {spent_s:.0f} s, {left_s:.0f} s left",
-                  file=sys.stderr, flush=True)
+            print(f"step {step + 1}/{args.steps}  loss {loss.item():.4f}  "
+                  f"{spent_s:.0f} s, {left_s:.0f} s left", file=sys.stderr, flush=True)
         if (step + 1) % SAVE_EVERY == 0:
             torch.save(dict(model=model.state_dict(), opts=[o.state_dict() for o in opts], step=step + 1,
                             spent_s=spent_s), state_file.with_suffix(".part"))
@@ -127,8 +129,9 @@ def write(folder, model):
     """The checkpoint in Hugging Face layout, weights last."""
     dump = {"config.json": CONFIG,
             "generation_config.json": dict(bos_token_id=BOS, eos_token_id=EOS),
-            "tokenizer_config.json": dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>", eos_token="</s>",
-                                          unk_token="<unk>", clean_up_tokenization_spaces=False, model_max_length=64)}
+            "tokenizer_config.json": dict(
+                tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>", eos_token="</s>",
+                unk_token="<unk>", clean_up_tokenization_spaces=False, model_max_length=64)}
     for name, content in dump.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     tokenizer().save(str(folder / "tokenizer.json"))
@@ -142,7 +145,7 @@ def pass_at_k(correct, n, k):
 
 
 def evaluate(model, problems=200, n=64, seed=0):
-    """Vanilla sampling at T = 1 on held-out problems: {"pass@k": share, …, "distinct": mean distinct solutions}."""
+    """Vanilla sampling at T = 1 on held-out problems: {"pass@k": share, …, "distinct": mean solutions}."""
     prompts = countdown.test_prompts(random.Random("countdown test"), problems)
     ids = [[BOS] + [ID[c] for c in prompt] for prompt in prompts]
     answers = [[] for _ in prompts]
@@ -151,15 +154,18 @@ def evaluate(model, problems=200, n=64, seed=0):
                           eos_ids={EOS}, first_prompt=start)
         for s in result.samples:
             answers[s.prompt].append("".join(VOCABULARY[i] for i in s.token_ids if i != EOS))
-    solutions = [[countdown.canonical(p, a) for a in found] for p, found in zip(prompts, answers, strict=True)]
+    solutions = [[countdown.canonical(p, a) for a in found]
+                 for p, found in zip(prompts, answers, strict=True)]
     correct = [sum(s is not None for s in found) for found in solutions]
-    figures = {f"pass@{k}": sum(pass_at_k(c, n, k) for c in correct) / problems for k in (1, 4, 16, 64) if k <= n}
+    figures = {f"pass@{k}": sum(pass_at_k(c, n, k) for c in correct) / problems
+               for k in (1, 4, 16, 64) if k <= n}
     return figures | {"distinct": sum(len(set(found) - {None}) for found in solutions) / problems}
 
 
 def main(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--out", help="folder to write the checkpoint to")
     what.add_argument("--evaluate", metavar="FOLDER", help="train nothing; pass@k of an existing checkpoint")

@@ -1,4 +1,4 @@
-"""Fixed Hypothesis profile, one thread (tiny tensors; a second one only waits), and the small models tests share."""
+"""Fixed Hypothesis profile, one thread (tiny tensors: a second only waits), small models that tests share."""
 
 import json
 import shutil
@@ -20,8 +20,9 @@ settings.register_profile("fixed", derandomize=True, deadline=None, max_examples
 settings.load_profile("fixed")
 torch.set_num_threads(1)
 
-TINY = ModelConfig(model_type="qwen3", vocab_size=31, hidden_size=24, intermediate_size=40, num_hidden_layers=3,
-                   num_attention_heads=6, num_key_value_heads=2, head_dim=4, max_position_embeddings=48)
+TINY = ModelConfig(model_type="qwen3", vocab_size=31, hidden_size=24, intermediate_size=40,
+                   num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, head_dim=4,
+                   max_position_embeddings=48)
 
 
 def random_model(config, seed=0, dtype=torch.float32, scale=0.3):
@@ -56,7 +57,7 @@ def stories(stories_folder):
 
 
 def write_checkpoint(folder, template=None, seed=0, **changes):
-    """A tiny random checkpoint in Hugging Face layout with the bundled character tokenizer; returns the folder."""
+    """A tiny random checkpoint in Hugging Face layout with the bundled tokenizer; returns the folder."""
     bundled = ROOT / "checkpoints" / "countdown"
     config = dict(model_type="llama", vocab_size=24, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
                   num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=40, rms_norm_eps=1e-5,
@@ -67,5 +68,6 @@ def write_checkpoint(folder, template=None, seed=0, **changes):
     (folder / "config.json").write_text(json.dumps(config | changes))
     shutil.copy(bundled / "tokenizer.json", folder)
     settings_ = json.loads((bundled / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings_ | ({"chat_template": template} if template else {})))
+    extra = {"chat_template": template} if template else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings_ | extra))
     return folder

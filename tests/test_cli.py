@@ -20,8 +20,8 @@ import model as model_module
 from decode import ESampConfig, SamplingConfig, Text, generate, main
 from model import ModelConfig, load
 
-CHAT = "{% for m in messages %}{{ m['role'][0] | replace('u', '1') | replace('s', '2') }}{{ m['content'] }}{% endfor %}" \
-       "{% if add_generation_prompt %}={% endif %}"
+CHAT = ("{% for m in messages %}{{ m['role'][0] | replace('u', '1') | replace('s', '2') }}{{ m['content'] }}"
+        "{% endfor %}{% if add_generation_prompt %}={% endif %}")
 
 
 @pytest.fixture
@@ -123,21 +123,27 @@ BAD_MODELS = {
     "model_type unknown": (edit_json("config.json", model_type="mamba"), "'mamba'"),
     "model_type missing": (edit_json("config.json", model_type=None), "model_type None"),
     "RoPE unknown": (edit_json("config.json", rope_scaling={"rope_type": "yarn", "factor": 4.0}), "'yarn'"),
-    "RoPE incomplete": (edit_json("config.json", rope_scaling={"rope_type": "llama3", "factor": 4.0}), "low_freq_factor"),
+    "RoPE incomplete": (edit_json("config.json", rope_scaling={"rope_type": "llama3", "factor": 4.0}),
+                        "low_freq_factor"),
     "RoPE not an object": (edit_json("config.json", rope_parameters=3), "RoPE parameters are 3"),
     "partial rotary": (edit_json("config.json", partial_rotary_factor=0.5), "partial_rotary_factor"),
-    "quantised": (edit_json("config.json", quantization_config={"quant_method": "awq"}), "quantization_config"),
+    "quantised": (edit_json("config.json", quantization_config={"quant_method": "awq"}),
+                  "quantization_config"),
     "sliding window": (edit_json("config.json", use_sliding_window=True), "sliding window"),
-    "sliding layers": (edit_json("config.json", layer_types=["sliding_attention", "full_attention"]), "sliding window"),
+    "sliding layers": (edit_json("config.json", layer_types=["sliding_attention", "full_attention"]),
+                       "sliding window"),
     "activation": (edit_json("config.json", hidden_act="gelu"), "'gelu'"),
     "dtype": (edit_json("config.json", torch_dtype="int8"), "'int8'"),
-    "heads do not divide": (edit_json("config.json", num_attention_heads=3, head_dim=4, num_key_value_heads=2),
-                            "num_attention_heads 3 is not a multiple"),
-    "width does not divide": (edit_json("config.json", num_attention_heads=3), "hidden_size 8 is not a multiple"),
+    "heads do not divide": (edit_json("config.json", num_attention_heads=3, head_dim=4,
+                                      num_key_value_heads=2), "num_attention_heads 3 is not a multiple"),
+    "width does not divide": (edit_json("config.json", num_attention_heads=3),
+                              "hidden_size 8 is not a multiple"),
     "weights missing": (write("model.safetensors", None), "no model.safetensors"),
-    "weights truncated": (lambda f: os.truncate(f / "model.safetensors", 3000), "not a readable safetensors file"),
+    "weights truncated": (lambda f: os.truncate(f / "model.safetensors", 3000),
+                          "not a readable safetensors file"),
     "weights empty": (write("model.safetensors", ""), "not a readable safetensors file"),
-    "header too long": (write("model.safetensors", (2 ** 62).to_bytes(8, "little") + b"{}"), "not a readable safetensors"),
+    "header too long": (write("model.safetensors", (2 ** 62).to_bytes(8, "little") + b"{}"),
+                        "not a readable safetensors"),
     "tensor missing": (put(K, None), K + " is missing"),
     "tensor unexpected": (put("model.layers.9.x", torch.ones(2)), "unexpected tensor model.layers.9.x"),
     "tensor misshapen": (put(K, torch.ones(4, 9)), "(4, 9)"),
@@ -145,34 +151,44 @@ BAD_MODELS = {
     "NaN inside": (poison(K, math.nan), K + " holds NaN"),
     "infinity inside": (poison(K, -math.inf), K + " holds NaN or infinity"),
     "shard absent": (lambda f: sharded(f, True), "model-00002-of-00002.safetensors, which is not there"),
-    "index broken": (lambda f: (sharded(f, False), write("model.safetensors.index.json", "{}")(f)), "weight_map"),
-    "index leaves the folder": (lambda f: (sharded(f, False), write("model.safetensors.index.json", json.dumps(
-        {"weight_map": {K: "../x.safetensors"}}))(f)), "'../x.safetensors'"),
+    "index broken": (lambda f: (sharded(f, False), write("model.safetensors.index.json", "{}")(f)),
+                     "weight_map"),
+    "index leaves the folder": (lambda f: (sharded(f, False), write(
+        "model.safetensors.index.json", json.dumps({"weight_map": {K: "../x.safetensors"}}))(f)),
+        "'../x.safetensors'"),
     "a pickle": (pickled, "pytorch_model.bin, which is never loaded"),
     "tokenizer missing": (write("tokenizer.json", None), "no tokenizer.json"),
     "tokenizer broken": (write("tokenizer.json", "{}"), "not a readable tokenizer"),
-    "tokenizer too large": (edit_json("config.json", vocab_size=20), "token id 20, but the model embeds only 20"),
-    "tokenizer_config broken": (write("tokenizer_config.json", "{"), "tokenizer_config.json is not valid JSON"),
+    "tokenizer too large": (edit_json("config.json", vocab_size=20),
+                            "token id 20, but the model embeds only 20"),
+    "tokenizer_config broken": (write("tokenizer_config.json", "{"),
+                                "tokenizer_config.json is not valid JSON"),
     "EOS not an id": (edit_json("config.json", eos_token_id="</s>"), "eos_token_id is '</s>'"),
-    "template does not compile": (edit_json("tokenizer_config.json", chat_template="{% for %}"), "template does not compile"),
-    "template raises": (edit_json("tokenizer_config.json", chat_template="{{ raise_exception('no users here') }}"),
-                        "no users here"),
+    "template does not compile": (edit_json("tokenizer_config.json", chat_template="{% for %}"),
+                                  "template does not compile"),
+    "template raises": (edit_json("tokenizer_config.json",
+                                  chat_template="{{ raise_exception('no users here') }}"), "no users here"),
     "template escapes": (edit_json("tokenizer_config.json", chat_template=
                          "{{ ''.__class__.__mro__[1].__subclasses__() }}"), "SecurityError"),
-    "template mutates": (edit_json("tokenizer_config.json", chat_template="{{ messages.append(1) }}"), "SecurityError"),
-    "template divides by zero": (edit_json("tokenizer_config.json", chat_template="{{ 1 / 0 }}"), "ZeroDivisionError"),
-    "template never ends": (edit_json("tokenizer_config.json", chat_template="{% for i in range(10 ** 9) %}{% endfor %}"),
+    "template mutates": (edit_json("tokenizer_config.json", chat_template="{{ messages.append(1) }}"),
+                         "SecurityError"),
+    "template divides by zero": (edit_json("tokenizer_config.json", chat_template="{{ 1 / 0 }}"),
+                                 "ZeroDivisionError"),
+    "template never ends": (edit_json("tokenizer_config.json",
+                                      chat_template="{% for i in range(10 ** 9) %}{% endfor %}"),
                             "OverflowError"),
     "template a number": (edit_json("tokenizer_config.json", chat_template=5), "template is a int"),
     "template file not UTF-8": (write("chat_template.jinja", b"\xff"), "chat_template.jinja"),
-    "template makes nothing": (edit_json("tokenizer_config.json", chat_template="{# #}"), "encodes to no token"),
+    "template makes nothing": (edit_json("tokenizer_config.json", chat_template="{# #}"),
+                               "encodes to no token"),
 }
 BAD_FLAGS = {
     "--n 0": "n is 0", "--n -1": "n is -1", "--n x": "invalid int value: 'x'", "--n 1.5": "'1.5'",
     "--max-new-tokens 0": "max_new_tokens is 0", "--top-k 0": "top_k is 0", "--top-p 0": "top_p is 0.0",
-    "--top-p 1.01": "top_p is 1.01", "--top-p nan": "top_p is nan", "--min-p -0.1": "min_p is -0.1", "--min-p 2": "min_p is 2.0",
-    "--temperature -1": "temperature is -1.0", "--temperature nan": "temperature is nan", "--temperature inf": "is inf",
-    "--beta -0.5": "beta is -0.5", "--beta nan": "beta is nan", "--beta inf": "beta is inf", "--seed -1": "seed is -1",
+    "--top-p 1.01": "top_p is 1.01", "--top-p nan": "top_p is nan", "--min-p -0.1": "min_p is -0.1",
+    "--min-p 2": "min_p is 2.0", "--temperature -1": "temperature is -1.0",
+    "--temperature nan": "temperature is nan", "--temperature inf": "is inf", "--beta -0.5": "beta is -0.5",
+    "--beta nan": "beta is nan", "--beta inf": "beta is inf", "--seed -1": "seed is -1",
     "--seed 9223372036854775808": "seed is 9223372036854775808", "--distiller-width 0": "width is 0",
     "--distiller-lr 0": "lr is 0.0", "--distiller-lr nan": "lr is nan", "--distiller-scope row": "'row'",
     "--train-every 0": "train_every is 0", "--batch-prompts 0": "batch_prompts is 0", "--device tpu": "'tpu'",
@@ -218,9 +234,11 @@ PROMPT_FILES = {
     "messages empty": (b'{"messages": []}\n', "'messages'"),
     "message without content": (b'{"messages": [{"role": "user"}]}\n', "'messages'"),
     "id a list": (b'{"prompt": "1", "id": []}\n', "'id' is []"),
-    "messages without a template": (b'{"messages": [{"role": "user", "content": "1"}]}\n', "need a chat template"),
+    "messages without a template": (b'{"messages": [{"role": "user", "content": "1"}]}\n',
+                                    "need a chat template"),
     "lone surrogate": (b'{"prompt": "\\ud800"}\n', "lone surrogate"),
-    "unknown characters": (b'{"prompt": "1"}\n{"prompt": "7 x"}\n', "line 2: the tokenizer does not know the characters ' x'"),
+    "unknown characters": (b'{"prompt": "1"}\n{"prompt": "7 x"}\n',
+                           "line 2: the tokenizer does not know the characters ' x'"),
     "too long": (b"1" * 39 + b"\n", "line 1: has 40 tokens; the context holds 40"),
 }
 
@@ -230,7 +248,8 @@ def test_bad_prompt_files(folder, tmp_path, capsys, name):
     content, needle = PROMPT_FILES[name]
     (tmp_path / "prompts").write_bytes(content)
     out = tmp_path / "out.jsonl"
-    assert_one_line(run(capsys, "--model", folder, "--prompts", tmp_path / "prompts", "--out", out), needle, out)
+    result = run(capsys, "--model", folder, "--prompts", tmp_path / "prompts", "--out", out)
+    assert_one_line(result, needle, out)
 
 
 def test_other_bad_calls(folder, tmp_path, capsys, monkeypatch):
@@ -257,7 +276,8 @@ def test_other_bad_calls(folder, tmp_path, capsys, monkeypatch):
         def fail(*_args, error=error, **_kw):
             raise error
         monkeypatch.setattr(decode, "generate", fail)
-        assert_one_line(run(capsys, "--model", folder, "--prompt", "1", "--out", out), "out of memory; lower --n", out)
+        result = run(capsys, "--model", folder, "--prompt", "1", "--out", out)
+        assert_one_line(result, "out of memory; lower --n", out)
 
 
 def test_really_out_of_memory(folder, tmp_path, capsys):
@@ -271,7 +291,8 @@ def test_a_non_finite_logit_stops_the_run_and_writes_nothing_of_its_prompt(folde
         tensors["lm_head.weight"] *= 3e38
     edit_weights(change)(folder)
     out = tmp_path / "out.jsonl"
-    assert_one_line(run(capsys, "--model", folder, "--prompt", "1", "--out", out), "step 0, prompt 0, sample 0", out)
+    result = run(capsys, "--model", folder, "--prompt", "1", "--out", out)
+    assert_one_line(result, "step 0, prompt 0, sample 0", out)
 
 
 def test_config_fuzz(folder, tmp_path, capsys):
@@ -279,10 +300,12 @@ def test_config_fuzz(folder, tmp_path, capsys):
     prompts = ["--prompt", "1", "--n", "2", "--max-new-tokens", "2", "--esamp"]
     for name in ("config.json", "tokenizer_config.json"):
         plain = json.loads((folder / name).read_text())
-        keys = [*plain, "rope_scaling", "rope_parameters", "rope_theta", "head_dim", "layer_types", "dtype", "chat_template",
-                "attention_bias", "quantization_config", "sliding_window", "partial_rotary_factor"]
+        keys = [*plain, "rope_scaling", "rope_parameters", "rope_theta", "head_dim", "layer_types", "dtype",
+                "chat_template", "attention_bias", "quantization_config", "sliding_window",
+                "partial_rotary_factor"]
         for key in keys:
-            for value in (None, "x", -1, 0, 1.5, 7, [], ["x"], {}, {"rope_type": "linear"}, {"content": 3}, True, 10 ** 30, math.nan):
+            for value in (None, "x", -1, 0, 1.5, 7, [], ["x"], {}, {"rope_type": "linear"},
+                          {"content": 3}, True, 10 ** 30, math.nan):
                 (folder / name).write_text(json.dumps(plain | {key: value}))
                 code, _, err = run(capsys, "--model", folder, *prompts)
                 assert code in (0, 2) and err.count("decode.py: error") == (code == 2), (key, value)
@@ -296,19 +319,22 @@ def test_config_fuzz(folder, tmp_path, capsys):
 def test_one_file_or_shards_any_float_dtype_redundant_tensors(folder):
     plain = load(folder)
     tensors = load_file(folder / "model.safetensors")
-    save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}, folder / "model.safetensors")
+    table = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
+    save_file(tensors | table, folder / "model.safetensors")
     sharded(folder, False)
     for a, b in zip(plain.state_dict().items(), load(folder).state_dict().items(), strict=True):
         assert a[0] == b[0] and torch.equal(a[1], b[1])
     half = load(folder, dtype=torch.bfloat16)
-    assert half.head_weight.dtype == torch.bfloat16 and not half.head_weight.requires_grad and not half.training
+    assert half.head_weight.dtype == torch.bfloat16
+    assert not half.head_weight.requires_grad and not half.training
     assert torch.equal(half.lm_head.weight, tensors["lm_head.weight"].bfloat16())
 
 
 def test_the_checkpoints_dtype_is_the_default_and_a_tied_head_is_the_embedding(tmp_path):
     folder = write_checkpoint(tmp_path / "m", tie_word_embeddings=True, torch_dtype="float16")
     tensors = {k: v.bfloat16() for k, v in load_file(folder / "model.safetensors").items()}
-    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, folder / "model.safetensors")
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file(tensors | head, folder / "model.safetensors")
     model = load(folder)
     assert model.head_weight is model.model.embed_tokens.weight and model.head_weight.dtype == torch.float16
     edit_json("config.json", torch_dtype=None)(folder)
@@ -334,18 +360,20 @@ def test_a_hub_name_is_looked_up_in_the_cache_and_refused_offline(folder, tmp_pa
 # ------------------------------------------------------------------------------
 
 def test_jsonl_is_what_generate_returned(folder, tmp_path, capsys):
-    (tmp_path / "p.jsonl").write_text('{"prompt": "1+1", "id": "a"}\n\n{"prompt": "77"}\n{"prompt": "9", "id": 7}\n')
-    out = tmp_path / "out.jsonl"
-    flags = ["--n", 3, "--max-new-tokens", 9, "--beta", 2, "--seed", 4, "--distiller-width", 16, "--distiller-lr", 0.01]
-    code, screen, err = run(capsys, "--model", folder, "--esamp", "--prompts", tmp_path / "p.jsonl", "--out", out, *flags)
+    given, out = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
+    given.write_text('{"prompt": "1+1", "id": "a"}\n\n{"prompt": "77"}\n{"prompt": "9", "id": 7}\n')
+    flags = ["--n", 3, "--max-new-tokens", 9, "--beta", 2, "--seed", 4, "--distiller-width", 16,
+             "--distiller-lr", 0.01]
+    code, screen, err = run(capsys, "--model", folder, "--esamp", "--prompts", given, "--out", out, *flags)
     *entries, last = lines(out)
     assert code == 0 and [e["prompt_id"] for e in entries] == ["a"] * 3 + [1] * 3 + [7] * 3
-    assert [e["sample"] for e in entries] == [0, 1, 2] * 3 and [e["prompt"] for e in entries[::3]] == ["1+1", "77", "9"]
+    assert [e["sample"] for e in entries] == [0, 1, 2] * 3
+    assert [e["prompt"] for e in entries[::3]] == ["1+1", "77", "9"]
     model, text = load(folder), Text(folder, ModelConfig.read(folder))
     esamp = ESampConfig(beta=2.0, width=16, lr=0.01, seed=4)
     for i, prompt in enumerate(["1+1", "77", "9"]):
-        result = generate(model, [text.encode_raw(prompt)], SamplingConfig(n=3, max_new_tokens=9, seed=4), esamp,
-                          eos_ids={2}, first_prompt=i)
+        sampling = SamplingConfig(n=3, max_new_tokens=9, seed=4)
+        result = generate(model, [text.encode_raw(prompt)], sampling, esamp, eos_ids={2}, first_prompt=i)
         for s, e in zip(result.samples, entries[3 * i:], strict=False):
             assert (s.token_ids, s.logprob, s.novelty, s.finish_reason) == tuple(
                 e[k] for k in ("token_ids", "logprob", "novelty", "finish_reason"))
@@ -353,20 +381,23 @@ def test_jsonl_is_what_generate_returned(folder, tmp_path, capsys):
             assert all(e["text"] in line or e["text"] == "" for line in [screen])
     summary = last["summary"]
     assert summary["tokens"] == sum(len(e["token_ids"]) for e in entries) and summary["updates"] > 0
-    assert summary["settings"]["beta"] == 2 and summary["settings"]["distiller_width"] == 16
-    assert "moved" in screen and f"{summary['updates']} updates" in screen and "memory: weights" in err and "WARNING" not in err
+    assert summary["settings"]["esamp"]["beta"] == 2 and summary["settings"]["esamp"]["width"] == 16
+    assert summary["settings"]["sampling"]["seed"] == 4
+    assert "moved" in screen and f"{summary['updates']} updates" in screen
+    assert "memory: weights" in err and "WARNING" not in err
 
 
 def test_same_seed_same_file_and_beta_zero_is_no_esamp(folder, tmp_path, capsys):
     def tokens(*flags):
-        assert run(capsys, "--model", folder, "--prompt", "1", "--prompt", "22", "--n", 4, "--quiet", "--out", tmp_path / "o",
-                   *flags)[0] == 0
+        assert run(capsys, "--model", folder, "--prompt", "1", "--prompt", "22", "--n", 4, "--quiet",
+                   "--out", tmp_path / "o", *flags)[0] == 0
         return [(e["token_ids"], e["logprob"]) for e in lines(tmp_path / "o")[:-1]]
     assert tokens("--esamp") == tokens("--esamp") != tokens("--esamp", "--seed", 1)
     assert tokens("--esamp", "--beta", 0) == tokens("--no-esamp") == tokens()
     assert tokens("--esamp", "--beta", 3) != tokens()
-    one_by_one, together = tokens("--esamp", "--beta", 3), tokens("--esamp", "--beta", 3, "--batch-prompts", 2)
-    assert [t for t, _ in one_by_one] == [t for t, _ in together]            # logprobs differ in their last bits
+    one_by_one = tokens("--esamp", "--beta", 3)
+    together = tokens("--esamp", "--beta", 3, "--batch-prompts", 2)
+    assert [t for t, _ in one_by_one] == [t for t, _ in together]        # logprobs differ in their last bits
     assert tokens("--esamp", "--beta", 3, "--distiller-scope", "batch", "--batch-prompts", 2) != together
 
 
@@ -384,20 +415,26 @@ def test_plain_lines_stdin_and_templates(tmp_path, capsys, monkeypatch):
     messages.write_text(json.dumps({"messages": user}) + "\n")
     seen = []
     plain = decode.generate
-    monkeypatch.setattr(decode, "generate", lambda model, prompts, *a, **k: (seen.extend(prompts), plain(model, prompts, *a, **k))[1])
-    for argv in (["--prompts", messages], ["--prompt", "12"], ["--prompt", "12", "--system", "0"], ["--prompt", "12", "--raw"]):
+
+    def recording(model, prompts, *a, **k):
+        seen.extend(prompts)
+        return plain(model, prompts, *a, **k)
+    monkeypatch.setattr(decode, "generate", recording)
+    for argv in (["--prompts", messages], ["--prompt", "12"], ["--prompt", "12", "--system", "0"],
+                 ["--prompt", "12", "--raw"]):
         assert run(capsys, "--model", folder, *argv, *flags)[0] == 0
+    expected = [text.tokenizer.encode(t, add_special_tokens=False).ids for t in ("112=", "112=", "20112=")]
     assert [text.tokenizer.decode(ids, skip_special_tokens=False) for ids in seen] == [
-        text.tokenizer.decode(text.tokenizer.encode(t, add_special_tokens=False).ids, skip_special_tokens=False)
-        for t in ("112=", "112=", "20112=")] + ["<s>12"]
+        text.tokenizer.decode(ids, skip_special_tokens=False) for ids in expected] + ["<s>12"]
     assert text.encode_raw("<s>12") == text.encode_raw("12")                 # one BOS, never two
     result = run(capsys, "--model", folder, "--prompts", messages, "--raw")
     assert_one_line(result, "--raw turns it off", tmp_path / "none")
 
 
 def test_templates_have_what_real_ones_use(tmp_path):
-    template = ("{%- for m in messages -%}{%- if loop.index > 9 -%}{% break %}{%- endif -%}{{ m | tojson }}{{ bos_token }}"
-                "{%- endfor -%}{{ strftime_now('%Y') }}{% if add_generation_prompt %}>{% endif %}")
+    template = ("{%- for m in messages -%}{%- if loop.index > 9 -%}{% break %}{%- endif -%}"
+                "{{ m | tojson }}{{ bos_token }}{%- endfor -%}"
+                "{{ strftime_now('%Y') }}{% if add_generation_prompt %}>{% endif %}")
     folder = write_checkpoint(tmp_path / "m")
     (folder / "chat_template.jinja").write_text(template)
     text = Text(folder, ModelConfig.read(folder)).encode_chat([{"role": "user", "content": "<é>"}])[0]
@@ -410,17 +447,19 @@ def test_summary_warns_loudly_of_a_run_that_did_nothing(folder, tmp_path, capsys
     _, _, err = run(capsys, "--model", folder, "--prompt", "1", "--esamp", "--beta", "1e-9", "--quiet")
     assert err.startswith("WARNING: no token was moved") and len(err.splitlines()) == 1
     _, screen, err = run(capsys, "--model", folder, "--prompt", "1", "--esamp", "--beta", "0")
-    assert "WARNING" not in err and "moved 0.0%" in screen
+    assert "WARNING" not in err and "moved 0 of" in screen
 
 
 def test_greedy_summary_has_no_infinite_number(folder, tmp_path, capsys):
     out = tmp_path / "o"
-    assert run(capsys, "--model", folder, "--prompt", "1", "--esamp", "--temperature", 0, "--beta", 5, "--out", out)[0] == 0
+    flags = ["--esamp", "--temperature", 0, "--beta", 5, "--out", out]
+    assert run(capsys, "--model", folder, "--prompt", "1", *flags)[0] == 0
     assert lines(out)[-1]["summary"]["kl_nats"] in (None, 0.0)
 
 
 def test_a_generation_configs_sampling_values_are_not_used_and_that_is_said(folder, capsys):
-    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 5]}))
+    suggested = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 5]}
+    (folder / "generation_config.json").write_text(json.dumps(suggested))
     assert Text(folder, ModelConfig.read(folder)).eos_ids == {2, 5}
     _, _, err = run(capsys, "--model", folder, "--prompt", "1", "--n", 2)
     assert "note: generation_config.json suggests temperature 0.6, top_p 0.9; not used" in err
@@ -434,11 +473,12 @@ def test_help_teaches(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0 and all(word in text for word in ("--esamp", "default: 0.25", "default: 384", "examples:", "JSONL"))
+    words = ("--esamp", "default: 0.25", "default: 384", "examples:", "JSONL")
+    assert stop.value.code == 0 and all(word in text for word in words)
 
 
 def test_ids_equal_transformers_for_the_real_tokenizers():
-    """Recorded by tests/record_fixtures.py: raw and templated prompts, empty, spaces, NFC, emoji, special tokens."""
+    """Recorded by tests/record_fixtures.py: raw and templated prompts, spaces, NFC, emoji, special tokens."""
     if not (SHARED / "configs").is_dir():
         pytest.skip("real tokenizers are not at ../shared/data/configs")
     recorded = json.loads((ROOT / "tests" / "fixtures" / "token_ids.json").read_text())
@@ -446,8 +486,9 @@ def test_ids_equal_transformers_for_the_real_tokenizers():
     for name, cases in recorded.items():
         text = Text(SHARED / "configs" / name, ModelConfig.read(SHARED / "configs" / name))
         for case in cases:
-            found = text.encode_raw(case["given"]) if isinstance(case["given"], str) else text.encode_chat(case["given"])[1]
-            assert found == case["ids"], (name, case["given"])
+            given = case["given"]
+            found = text.encode_raw(given) if isinstance(given, str) else text.encode_chat(given)[1]
+            assert found == case["ids"], (name, given)
         assert not text.unknown("Café déjà vu 東京 🦄 \x00\u200b ok")
     assert text.template is not None
 
@@ -458,8 +499,8 @@ def test_ids_equal_transformers_for_the_real_tokenizers():
 
 def decode_py(*argv, **kw):
     """`python decode.py …` as a process."""
-    return subprocess.Popen([sys.executable, str(ROOT / "decode.py"), *map(str, argv)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, encoding="utf-8", **kw)
+    return subprocess.Popen([sys.executable, str(ROOT / "decode.py"), *map(str, argv)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", **kw)
 
 
 def test_process_good_run_on_the_bundled_checkpoint(tmp_path):
@@ -479,8 +520,8 @@ def test_process_bad_input():
 def test_process_ctrl_c_leaves_whole_lines_of_whole_prompts(tmp_path):
     (tmp_path / "p").write_text("9955>65:\n" * 5000)
     process = decode_py("--esamp", "--n", 3, "--prompts", tmp_path / "p", "--out", tmp_path / "o", "--quiet")
-    deadline = time.time() + 100
-    while time.time() < deadline and not ((tmp_path / "o").exists() and (tmp_path / "o").stat().st_size > 3000):
+    out, deadline = tmp_path / "o", time.time() + 100
+    while time.time() < deadline and not (out.exists() and out.stat().st_size > 3000):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=100)

@@ -1,4 +1,4 @@
-"""The bundled checkpoint and its recipe: the verifier against brute force, the generator, resuming, the model card."""
+"""The bundled checkpoint and its recipe: the verifier against brute force, problems, resuming, the card."""
 
 import itertools
 import random
@@ -46,13 +46,15 @@ def test_the_verifier_accepts_all_correct_answers_and_nothing_close(prompt):
             i = noise.randrange(len(answer))
             changed = answer[:i] + noise.choice("0123456789+-*/=,") + answer[i + 1:]
             assert is_correct(prompt, changed) == (changed in answers), changed
-        for changed in (answer + ",", answer[:-1], answer + " ", "0" + answer, answer.replace("=", "=0", 1), "+" + answer):
+        for changed in (answer + ",", answer[:-1], answer + " ", "0" + answer,
+                        answer.replace("=", "=0", 1), "+" + answer):
             assert not is_correct(prompt, changed)
     assert not is_correct(prompt, "")
 
 
 def test_the_paper_example_and_what_counts_as_one_solution():
-    assert is_correct(PROMPT, "7+5=12,12*8=96,96-9=87") and not is_correct("9875>86:", "7+5=12,12*8=96,96-9=87")
+    assert is_correct(PROMPT, "7+5=12,12*8=96,96-9=87")
+    assert not is_correct("9875>86:", "7+5=12,12*8=96,96-9=87")
     one = canonical(PROMPT, "7+5=12,12*8=96,96-9=87")
     assert one == canonical(PROMPT, "5+7=12,8*12=96,96-9=87")
     same = ["9+8=17,17+7=24,24+5=29", "5+7=12,8+9=17,17+12=29", "7+9=16,16+8=24,5+24=29"]
@@ -66,7 +68,7 @@ def test_the_paper_example_and_what_counts_as_one_solution():
 @given(st.integers(0, 10 ** 6))
 @settings(max_examples=30)
 def test_canonical_is_what_the_answer_computes(seed):
-    """Equal canonical forms have equal values at random real digits: no two different solutions are merged."""
+    """Equal canonical forms have equal values at random real digits: no two solutions are merged."""
     source = random.Random(seed)
     prompt, answer = countdown.problem(source, countdown.MULTISETS, 0.5)
     answers = sorted(every_answer([int(d) for d in prompt[:4]], int(prompt[5:7])))[:80]
@@ -90,7 +92,8 @@ def test_canonical_is_what_the_answer_computes(seed):
 @given(st.integers(0, 10 ** 6), st.sampled_from([0.0, 0.7, 1.0]))
 def test_problems_are_correct_and_of_fixed_length(seed, fold):
     prompt, answer = countdown.problem(random.Random(seed), countdown.TRAIN_MULTISETS, fold)
-    assert len(prompt) == 8 and is_correct(prompt, answer) and prompt[:4] == "".join(sorted(prompt[:4], reverse=True))
+    assert len(prompt) == 8 and is_correct(prompt, answer)
+    assert prompt[:4] == "".join(sorted(prompt[:4], reverse=True))
     assert not countdown.held_out([int(d) for d in prompt[:4]])
     if fold == 1.0:
         results = re.findall(r"=(\d+)", answer)
@@ -139,7 +142,8 @@ def test_training_resumes_to_the_same_weights(tmp_path, monkeypatch, capsys):
 def test_the_loss_is_about_answers_only():
     model = train_countdown.fresh_model(0, "cpu")
     tokens = train_countdown.batch(0, 0, 16)
-    assert torch.equal(tokens, train_countdown.batch(0, 0, 16)) and not torch.equal(tokens, train_countdown.batch(0, 1, 16))
+    assert torch.equal(tokens, train_countdown.batch(0, 0, 16))
+    assert not torch.equal(tokens, train_countdown.batch(0, 1, 16))
     logits, total, count = model(tokens), 0.0, 0
     for row, ids in enumerate(tokens.tolist()):
         end = ids.index(train_countdown.EOS)

@@ -1,4 +1,4 @@
-"""The Distiller: its gradient, its Adam against torch's, and that nothing crosses from one prompt to another."""
+"""The Distiller: its gradient, its Adam against torch's, and that nothing crosses between prompts."""
 
 import dataclasses
 import math
@@ -52,8 +52,9 @@ class Separate(torch.nn.Module):
 def test_p_batched_equal_p_separate_ones_under_torch_adam_with_clipping(seed, train_every):
     batched = Distiller(CONFIG, P, D, dtype=torch.float64)
     with torch.no_grad():
-        for weight in batched.parameters():              # different Distillers, so that a mixed-up index can not hide
-            weight += 0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        for weight in batched.parameters():              # different ones: a mixed-up index can not hide
+            g = torch.Generator().manual_seed(seed)
+            weight += 0.3 * torch.randn(weight.shape, generator=g, dtype=torch.float64)
     separate = [Separate(batched, p) for p in range(P)]
     adams = [torch.optim.Adam(s.parameters(), lr=4e-4, eps=1e-4) for s in separate]
     clipped = 0
@@ -61,7 +62,8 @@ def test_p_batched_equal_p_separate_ones_under_torch_adam_with_clipping(seed, tr
         shallow, deep, live = pairs(seed + step, rows=K * train_every)
         if step == 2:
             live[1] = False
-        torch.testing.assert_close(batched.predict(shallow), torch.stack([s(x) for s, x in zip(separate, shallow, strict=True)]))
+        alone = torch.stack([s(x) for s, x in zip(separate, shallow, strict=True)])
+        torch.testing.assert_close(batched.predict(shallow), alone)
         found = batched.train(shallow, deep, live)
         for p in range(P):
             if not live[p].any():
@@ -75,13 +77,14 @@ def test_p_batched_equal_p_separate_ones_under_torch_adam_with_clipping(seed, tr
             adams[p].step()
     assert clipped > 0
     for p in range(P):
-        weights = [w for a, b in zip(batched.gate_up, batched.down, strict=True) for w in (*a[p].chunk(2), b[p])]
+        weights = [w for a, b in zip(batched.gate_up, batched.down, strict=True)
+                   for w in (*a[p].chunk(2), b[p])]
         for ours, theirs in zip(weights, separate[p].parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
 
 
 def test_small_gradients_are_not_clipped():
-    """Below norm 0.5 the update is Adam's on the gradient as it is: torch agrees only if the clip leaves it alone."""
+    """Below norm 0.5 the update is Adam's on the plain gradient: torch agrees only if the clip is idle."""
     batched = Distiller(CONFIG, 1, D, dtype=torch.float64)
     separate = Separate(batched, 0)
     adam = torch.optim.Adam(separate.parameters(), lr=4e-4, eps=1e-4)
@@ -102,8 +105,8 @@ def test_gradient_of_the_loss_by_finite_differences():
     names = [name for name, _ in distiller.named_parameters()]
 
     def value(*weights):
-        predicted = torch.func.functional_call(Predictor(distiller), {f"inner.{n}": w for n, w in zip(names, weights, strict=True)},
-                                               (shallow,))
+        inner = {f"inner.{n}": w for n, w in zip(names, weights, strict=True)}
+        predicted = torch.func.functional_call(Predictor(distiller), inner, (shallow,))
         return loss(deep, predicted, live)
     weights = [w.detach().clone().requires_grad_(True) for w in distiller.parameters()]
     assert torch.autograd.gradcheck(value, weights)
@@ -141,7 +144,8 @@ def test_an_idle_distiller_is_left_bit_for_bit():
     shallow, deep, _ = pairs(9)
     distiller.train(shallow.float(), deep.float(), live)
     for old, new in zip(before, state(distiller), strict=True):
-        assert torch.equal(old[1], new[1]) and not torch.equal(old[0], new[0]) and not torch.equal(old[2], new[2])
+        assert torch.equal(old[1], new[1])
+        assert not torch.equal(old[0], new[0]) and not torch.equal(old[2], new[2])
     assert distiller.step_P.tolist() == [4, 3, 4]
 
 
@@ -207,8 +211,8 @@ def test_bytes_say_what_is_allocated():
     assert config.bytes(64) == held + sum(t.nbytes for t in distiller.parameters())
 
 
-@pytest.mark.parametrize("bad", [dict(width=0), dict(width=1.5), dict(train_every=0), dict(lr=0.0), dict(lr=math.nan),
-                                 dict(lr=math.inf), dict(scope="row")])
+@pytest.mark.parametrize("bad", [dict(width=0), dict(width=1.5), dict(train_every=0), dict(lr=0.0),
+                                 dict(lr=math.nan), dict(lr=math.inf), dict(scope="row")])
 def test_knobs_out_of_range_are_refused_by_name(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         DistillerConfig(**bad)

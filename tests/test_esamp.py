@@ -65,13 +65,14 @@ def test_keep_mask_equals_the_oracle_ties_included(row, temperature, top_k, top_
 
 
 def test_filters_work_in_their_order_each_on_the_last_ones_survivors():
-    ref = torch.tensor([[4.0, 3.0, 2.0, 1.0]], dtype=torch.float64).mul(math.log(2))         # weights 8 : 4 : 2 : 1
-    assert keep_mask(ref, 1.0, top_k=2).tolist() == [[True, True, False, False]]
-    assert keep_mask(ref, 1.0, top_p=0.79).tolist() == [[True, True, False, False]]          # 8/15 < .79 < 12/15
-    assert keep_mask(ref, 1.0, top_p=0.81).tolist() == [[True, True, True, False]]
-    assert keep_mask(ref, 1.0, top_k=3, top_p=0.81).tolist() == [[True, True, False, False]]  # renormalised: 12/14 ≥ .81
-    assert keep_mask(ref, 1.0, min_p=0.4).tolist() == [[True, True, False, False]]
-    assert keep_mask(ref, 0.5, min_p=0.4).tolist() == [[True, False, False, False]]          # at T = ½ weights square
+    T, F = True, False
+    ref = torch.tensor([[4.0, 3.0, 2.0, 1.0]], dtype=torch.float64).mul(math.log(2))  # weights 8 : 4 : 2 : 1
+    assert keep_mask(ref, 1.0, top_k=2).tolist() == [[T, T, F, F]]
+    assert keep_mask(ref, 1.0, top_p=0.79).tolist() == [[T, T, F, F]]                 # 8/15 < .79 < 12/15
+    assert keep_mask(ref, 1.0, top_p=0.81).tolist() == [[T, T, T, F]]
+    assert keep_mask(ref, 1.0, top_k=3, top_p=0.81).tolist() == [[T, T, F, F]]        # now 12/14 ≥ .81
+    assert keep_mask(ref, 1.0, min_p=0.4).tolist() == [[T, T, F, F]]
+    assert keep_mask(ref, 0.5, min_p=0.4).tolist() == [[T, F, F, F]]                  # T = ½: weights square
     assert keep_mask(ref, 0.0, min_p=0.4).tolist() == keep_mask(ref, 1.0, min_p=0.4).tolist()
 
 
@@ -112,13 +113,15 @@ def test_beta_zero_and_a_perfect_prediction_are_vanilla(seed, beta):
 @given(seeds, betas)
 def test_equations_7_8_9_and_mix_hidden_agree(seed, beta):
     g = torch.Generator().manual_seed(seed)
-    W, deep, predicted = (torch.randn(*s, generator=g, dtype=torch.float64) for s in ((17, 5), (3, 5), (3, 5)))
+    W, deep, predicted = (torch.randn(*s, generator=g, dtype=torch.float64)
+                          for s in ((17, 5), (3, 5), (3, 5)))
     new = reweight(deep @ W.T, predicted @ W.T, beta)
     e = deep - predicted
     torch.testing.assert_close(new, deep @ W.T + beta * (e @ W.T))                           # eq. 8
     torch.testing.assert_close(new, mix_hidden(deep, predicted, beta) @ W.T)
     cosine = torch.nn.functional.cosine_similarity(W[None], e[:, None], dim=-1)
-    torch.testing.assert_close(new - deep @ W.T, beta * W.norm(dim=-1) * novelty(deep, predicted)[:, None] * cosine)
+    length = novelty(deep, predicted)[:, None]
+    torch.testing.assert_close(new - deep @ W.T, beta * W.norm(dim=-1) * length * cosine)
 
 
 @given(seeds, betas)
@@ -129,7 +132,8 @@ def test_constants_change_nothing_and_permutations_commute(seed, beta):
     torch.testing.assert_close(reweight(ref + shift, dist - 2 * shift, beta).softmax(-1), plain)
     order = torch.randperm(17, generator=torch.Generator().manual_seed(seed))
     keep = keep_mask(ref, 1.0, top_k=9, top_p=0.95)
-    assert torch.equal(keep_mask(ref[:, order], 1.0, top_k=9, top_p=0.95), keep[:, order])   # no ties: ids do not matter
+    permuted = keep_mask(ref[:, order], 1.0, top_k=9, top_p=0.95)
+    assert torch.equal(permuted, keep[:, order])         # no ties: ids do not matter
     assert torch.equal(reweight(ref[:, order], dist[:, order], beta, keep[:, order]),
                        reweight(ref, dist, beta, keep)[:, order])
 
@@ -169,7 +173,8 @@ def test_expected_novelty_rises_with_beta(seed):
 
 def test_a_constant_distiller_is_vanilla_at_a_lower_temperature():
     ref, _ = logits(1)
-    torch.testing.assert_close(reweight(ref, torch.full_like(ref, 7.0), 0.25).softmax(-1), (ref / 0.8).softmax(-1))
+    new = reweight(ref, torch.full_like(ref, 7.0), 0.25)
+    torch.testing.assert_close(new.softmax(-1), (ref / 0.8).softmax(-1))
 
 
 @given(seeds, betas, st.sampled_from([0.3, 1.0, 1.7]))
@@ -182,8 +187,9 @@ def test_divergence_is_the_textbook_sum(seed, beta, T):
         p = [math.exp(x / T) for x in new[b].tolist()]
         q = [math.exp(x / T) for x in plain[b].tolist()]
         p, q = [x / sum(p) for x in p], [x / sum(q) for x in q]
-        assert kl[b].item() == pytest.approx(sum(x * math.log(x / y) for x, y in zip(p, q, strict=True) if x), abs=1e-12)
-        assert tv[b].item() == pytest.approx(sum(abs(x - y) for x, y in zip(p, q, strict=True)) / 2, abs=1e-12)
+        pairs = list(zip(p, q, strict=True))
+        assert kl[b].item() == pytest.approx(sum(x * math.log(x / y) for x, y in pairs if x), abs=1e-12)
+        assert tv[b].item() == pytest.approx(sum(abs(x - y) for x, y in pairs) / 2, abs=1e-12)
     kl, tv = divergence(torch.tensor([[1.0, 2.0], [2.0, 1.0]]), torch.tensor([[0.0, 5.0], [0.0, 5.0]]), 0)
     assert kl.tolist() == [0, math.inf] and tv.tolist() == [0, 1]
 
@@ -226,7 +232,7 @@ def test_draw_at_the_edges():
         alive = [z for z, x in enumerate(row) if x > max(row) - 700]
         x = torch.tensor([row] * 3)
         assert draw(x, zero, 1.0).tolist() == alive[:1] * 3 and draw(x, last, 1.0).tolist() == alive[-1:] * 3
-        assert draw(x, last, 0.0).tolist() == [row.index(max(row))] * 3              # T = 0: lowest id among equals
+        assert draw(x, last, 0.0).tolist() == [row.index(max(row))] * 3    # T = 0: lowest id among equals
         assert draw(x, last, 1e-300).tolist() == [[z for z, v in enumerate(row) if v == max(row)][-1]] * 3
     assert 0 <= draw(torch.full((1, V), torch.nan), zero[:1], 1.0).item() < V
 
@@ -257,7 +263,7 @@ def test_uniform_of_a_row_does_not_depend_on_its_batch(seed, prompt, step):
 
 
 def test_uniform_is_equidistributed_along_every_index_and_uncorrelated_across():
-    """χ² over 64 bins of 2¹⁶ numbers, and neighbours' correlation below 5σ: false alarms once in a million."""
+    """χ² over 64 bins of 2¹⁶ numbers, and neighbours' correlation below 5σ: one false alarm in a million."""
     count = 2 ** 16
     index, zero = torch.arange(count), torch.zeros(count, dtype=torch.int64)
     streams = [uniform(0, index, zero, 0), uniform(0, zero, index, 0), uniform(0, zero, zero, index),

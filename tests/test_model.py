@@ -1,4 +1,4 @@
-"""The forward pass: against transformers (recorded, and live where it is installed), against itself, on real weights."""
+"""The forward pass: against transformers (recorded; live if installed), against itself, on real weights."""
 
 import dataclasses
 import json
@@ -30,24 +30,26 @@ def watch(model, path):
     return seen
 
 
-# fp32 with the same operations in the same order: differences are the last bits of a few sums of 24 … 48 products
+# fp32 with the same operations in the same order: differences are last bits of a few sums of 24 … 48 products
 CLOSE = dict(rtol=2e-5, atol=2e-5)
 
 
 def test_every_part_equals_transformers(recorded):
     model, expected = recorded
     parts = {"embed": "model.embed_tokens", "norm0": "model.layers.0.input_layernorm",
-             "attention0": "model.layers.0.self_attn", "mlp0": "model.layers.0.mlp", "block1": "model.layers.1"}
+             "attention0": "model.layers.0.self_attn", "mlp0": "model.layers.0.mlp",
+             "block1": "model.layers.1"}
     seen = {part: watch(model, path) for part, path in parts.items()}
     shallow = model.lower(expected["tokens"])
     deep = model.upper(shallow)
     for part, outputs in seen.items():
-        torch.testing.assert_close(outputs[0], expected[part], **CLOSE, msg=lambda m, part=part: f"{part}: {m}")
+        torch.testing.assert_close(outputs[0], expected[part], **CLOSE,
+                                   msg=lambda m, part=part: f"{part}: {m}")
     torch.testing.assert_close(shallow, expected["block0"], **CLOSE)         # hidden_states[1]
     torch.testing.assert_close(deep, expected["deep"], **CLOSE)              # last_hidden_state
     torch.testing.assert_close(model.head(deep), expected["logits"], **CLOSE)
     assert torch.equal(model(expected["tokens"]), model.head(deep))
-    assert expected["logits"].std() > 0.5                                    # the comparison is not about zeros
+    assert expected["logits"].std() > 0.5                 # the comparison is not about zeros
     angle = torch.arange(29)[:, None] * model.frequency
     torch.testing.assert_close(torch.cat([angle, angle], -1).cos(), expected["cos"][0], **CLOSE)
     torch.testing.assert_close(torch.cat([angle, angle], -1).sin(), expected["sin"][0], **CLOSE)
@@ -99,7 +101,7 @@ def test_prompts_of_different_lengths_share_a_batch(tiny):
     for row in range(6):
         prompt = prompts[row // 2]
         alone = tiny(torch.tensor([prompt + tokens[row].tolist()]))[0, len(prompt) - 1:]
-        torch.testing.assert_close(together[row], alone, rtol=1e-5, atol=1e-5)               # batch size: rounding
+        torch.testing.assert_close(together[row], alone, rtol=1e-5, atol=1e-5)   # batch size: rounding
 
 
 def test_a_neighbours_content_changes_nothing(tiny):
@@ -109,7 +111,8 @@ def test_a_neighbours_content_changes_nothing(tiny):
 
 
 def test_forward_is_differentiable_and_fp64_stays_fp64():
-    model = random_model(dataclasses.replace(TINY, num_hidden_layers=2), dtype=torch.float64).requires_grad_(True)
+    config = dataclasses.replace(TINY, num_hidden_layers=2)
+    model = random_model(config, dtype=torch.float64).requires_grad_(True)
     tokens = torch.randint(0, 31, (2, 6), generator=torch.Generator().manual_seed(1))
     value = model(tokens).square().mean()
     value.backward()
@@ -119,7 +122,8 @@ def test_forward_is_differentiable_and_fp64_stays_fp64():
     weight, step = model.model.layers[0].self_attn.k_proj.weight, 1e-6
     with torch.no_grad():
         weight[1, 2] += step
-        assert (model(tokens).square().mean() - value).item() / step == pytest.approx(weight.grad[1, 2].item(), rel=1e-3)
+        slope = (model(tokens).square().mean() - value).item() / step
+        assert slope == pytest.approx(weight.grad[1, 2].item(), rel=1e-3)
 
 
 def test_stories_equal_the_golden_greedy_ids(stories, stories_folder):
@@ -140,7 +144,8 @@ def test_stories_mean_nll(stories, stories_folder):
         story = json.loads(line)
         ids = text.encode(story["prompt"] + " " + story["reference"]).ids[:512]
         tokens = torch.tensor([ids])
-        total += torch.nn.functional.cross_entropy(stories(tokens)[0, :-1], tokens[0, 1:], reduction="sum").item()
+        logits = stories(tokens)[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum").item()
         count += len(ids) - 1
     assert total / count == pytest.approx(1.266, abs=0.002)
 
@@ -150,10 +155,11 @@ def test_stories_mean_nll(stories, stories_folder):
 # ------------------------------------------------------------------------------
 
 def test_both_spellings_of_config_json_are_one_config():
-    new = dict(model_type="llama", hidden_size=64, num_attention_heads=4, dtype="bfloat16", rope_parameters=dict(
-        rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-        original_max_position_embeddings=8192))
-    old = dict(model_type="llama", hidden_size=64, num_attention_heads=4, torch_dtype="bfloat16", rope_theta=5e5,
+    new = dict(model_type="llama", hidden_size=64, num_attention_heads=4, dtype="bfloat16",
+               rope_parameters=dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0,
+                                    high_freq_factor=4.0, original_max_position_embeddings=8192))
+    old = dict(model_type="llama", hidden_size=64, num_attention_heads=4, torch_dtype="bfloat16",
+               rope_theta=5e5,
                rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                                  original_max_position_embeddings=8192))
     oldest = dict(old, rope_scaling={**old["rope_scaling"], "type": "llama3"})
@@ -165,8 +171,10 @@ def test_both_spellings_of_config_json_are_one_config():
 def test_missing_keys_take_hugging_faces_defaults():
     llama, qwen2, qwen3 = (ModelConfig.from_dict(dict(model_type=m)) for m in ("llama", "qwen2", "qwen3"))
     assert (llama.vocab_size, llama.intermediate_size, llama.max_position_embeddings) == (32000, 11008, 2048)
-    assert (llama.num_key_value_heads, llama.head_dim, llama.rms_norm_eps, llama.rope_theta) == (32, 128, 1e-6, 1e4)
-    assert (qwen2.vocab_size, qwen2.intermediate_size, qwen2.max_position_embeddings) == (151936, 22016, 32768)
+    assert (llama.num_key_value_heads, llama.head_dim) == (32, 128)
+    assert (llama.rms_norm_eps, llama.rope_theta) == (1e-6, 1e4)
+    assert (qwen2.vocab_size, qwen2.intermediate_size) == (151936, 22016)
+    assert qwen2.max_position_embeddings == 32768
     narrow = ModelConfig.from_dict(dict(model_type="qwen3", hidden_size=1024, num_key_value_heads=8))
     assert narrow.head_dim == 128 and qwen3.head_dim == 128 and not qwen3.tie_word_embeddings
     assert ModelConfig.from_dict(dict(model_type="llama", num_attention_heads=16)).num_key_value_heads == 16
@@ -188,7 +196,8 @@ def test_rope_stretches_as_its_type_says():
     base = rope_frequencies(TINY)
     linear = rope_frequencies(dataclasses.replace(TINY, rope_type="linear", rope_factor=4.0))
     torch.testing.assert_close(linear, base / 4)
-    wide = dataclasses.replace(TINY, head_dim=64, rope_type="llama3", rope_factor=8.0, rope_original_context=256)
+    wide = dataclasses.replace(TINY, head_dim=64, rope_type="llama3", rope_factor=8.0,
+                               rope_original_context=256)
     found, plain = rope_frequencies(wide), rope_frequencies(dataclasses.replace(wide, rope_type="default"))
     turns = 256 * plain / (2 * math.pi)
     assert torch.equal(found[turns > 4], plain[turns > 4])
@@ -217,7 +226,8 @@ def shapes(draw):
         kw["attention_bias"] = draw(st.booleans())
     if family == "Llama":
         kw["mlp_bias"] = draw(st.booleans())
-    rope = dict(rope_type=draw(st.sampled_from(["default", "linear", "llama3"])), rope_theta=draw(st.sampled_from([1e2, 1e4])))
+    rope = dict(rope_type=draw(st.sampled_from(["default", "linear", "llama3"])),
+                rope_theta=draw(st.sampled_from([1e2, 1e4])))
     if rope["rope_type"] != "default":
         rope["factor"] = draw(st.sampled_from([2.0, 8.0]))
     if rope["rope_type"] == "llama3":
@@ -232,8 +242,10 @@ def test_live_transformers_on_drawn_configs(tmp_path_factory):
     @settings(max_examples=30)
     def check(shape):
         family, kw, seed = shape
+        close = dict(rtol=1e-4, atol=1e-4)
         torch.manual_seed(seed)
-        theirs = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**kw)).eval()
+        config = getattr(transformers, f"{family}Config")(**kw)
+        theirs = getattr(transformers, f"{family}ForCausalLM")(config).eval()
         with torch.no_grad():
             for name, weight in theirs.named_parameters():
                 weight.normal_(1.0 if "norm" in name else 0.0, 0.3)
@@ -244,7 +256,7 @@ def test_live_transformers_on_drawn_configs(tmp_path_factory):
         with torch.no_grad():
             expected = theirs(tokens, output_hidden_states=True)
             if kw["num_hidden_layers"] > 1:              # their last entry is behind the final norm
-                torch.testing.assert_close(ours.lower(tokens), expected.hidden_states[1], rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(ours.upper(ours.lower(tokens)), expected.hidden_states[-1], rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(ours(tokens), expected.logits, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(ours.lower(tokens), expected.hidden_states[1], **close)
+            torch.testing.assert_close(ours.upper(ours.lower(tokens)), expected.hidden_states[-1], **close)
+            torch.testing.assert_close(ours(tokens), expected.logits, **close)
     check()

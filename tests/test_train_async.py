@@ -1,4 +1,4 @@
-"""Timing changes nothing: the race checker, the schedule against the code, and every token under delayed lanes."""
+"""Timing changes nothing: race checker, the schedule against the code, every token under delayed lanes."""
 
 import dataclasses
 
@@ -28,7 +28,8 @@ def test_two_slots_have_no_race(train_every):
 
 def test_planted_bugs_are_found():
     assert ("train 0", "lower 1") in races(schedule(6, slots=1))
-    no_wait = [dataclasses.replace(op, waits=()) if op.name.startswith("reweight") else op for op in schedule(6)]
+    no_wait = [dataclasses.replace(op, waits=()) if op.name.startswith("reweight") else op
+               for op in schedule(6)]
     assert ("predict 0", "reweight 0") in races(no_wait)
     for missing in ("predict", "train", "finish"):
         ops = [dataclasses.replace(op, waits=()) if op.name.startswith(missing) else op for op in schedule(6)]
@@ -36,14 +37,16 @@ def test_planted_bugs_are_found():
 
 
 def test_an_ordered_overwrite_is_no_race_but_stale():
-    ops = [Op("main", "write 0", writes=(("slot", 0),)), Op("main", "write 1", writes=(("slot", 1),), records=("E",)),
+    ops = [Op("main", "write 0", writes=(("slot", 0),)),
+           Op("main", "write 1", writes=(("slot", 1),), records=("E",)),
            Op("side", "read 0", reads=(("slot", 0),), waits=("E",))]
     assert races(ops) == [("write 1", "read 0")]
-    assert races([ops[0], dataclasses.replace(ops[1], records=()), dataclasses.replace(ops[0], name="e", writes=(),
-                  records=("E",)), ops[2]]) == [("write 1", "read 0")]
-    late = [dataclasses.replace(op, reads=tuple((p, v + (p == "φ")) for p, v in op.reads)) if op.name == "predict 3" else op
-            for op in schedule(6)]
-    assert races(late) == [("train 2", "predict 3")]     # a reader that names a φ of the future meets an older one
+    unordered = [ops[0], dataclasses.replace(ops[1], records=()),
+                 dataclasses.replace(ops[0], name="e", writes=(), records=("E",)), ops[2]]
+    assert races(unordered) == [("write 1", "read 0")]
+    late = [dataclasses.replace(op, reads=tuple((p, v + (p == "φ")) for p, v in op.reads))
+            if op.name == "predict 3" else op for op in schedule(6)]
+    assert races(late) == [("train 2", "predict 3")]     # who names a φ of the future meets an older one
 
 
 class Recorder(Lane):
@@ -81,8 +84,10 @@ def test_the_code_follows_the_schedule(monkeypatch, train_every):
 # ------------------------------------------------------------------------------
 
 def delayed(choices):
-    """A lane whose side work runs late: after any call as many queued pieces as `choices` says, all that an event
-    orders before main's wait at the latest."""
+    """A lane whose side work runs late: after any call, as many queued pieces as `choices` says.
+
+    All that an event orders before main's wait runs there at the latest.
+    """
     pick = iter(choices)
 
     class Delayed(Lane):
@@ -120,7 +125,8 @@ def run(lane=Lane, sampling=SAMPLING, **knobs):
         patch.setattr(train_async, "Lane", lane)
         esamp = ESampConfig(**dict(dict(beta=2.0, width=16, lr=1e-2), **knobs))
         result = generate(MODEL, PROMPTS, sampling, esamp, eos_ids={4, 11})
-    return ([(s.token_ids, s.novelty) for s in result.samples], [w.detach().clone() for w in result.distillers.parameters()])
+    weights = [w.detach().clone() for w in result.distillers.parameters()]
+    return [(s.token_ids, s.novelty) for s in result.samples], weights
 
 
 SERIAL = {(u, scope): run(train_every=u, scope=scope) for u in (1, 4) for scope in ("prompt", "batch")}
@@ -141,7 +147,8 @@ def test_the_delayed_lane_would_notice(monkeypatch):
     """With one slot, or with a prediction that is not waited for, the longest delay changes the run."""
     lengths = {len(t) for t, _ in SERIAL[1, "prompt"][0]}
     assert len(lengths) > 2                              # ragged finishing is part of the test
-    one_slot = type("OneSlot", (AsyncDistiller,), {"__init__": lambda self, *args: AsyncDistiller.__init__(self, *args, slots=1)})
+    one_slot = type("OneSlot", (AsyncDistiller,), {
+        "__init__": lambda self, *args: AsyncDistiller.__init__(self, *args, slots=1)})
     monkeypatch.setattr(decode, "AsyncDistiller", one_slot)
     assert run(delayed([]))[0] != SERIAL[1, "prompt"][0]
     hasty = type("Hasty", (AsyncDistiller,), {"prediction": lambda self: self.predicted_BD})
@@ -150,20 +157,25 @@ def test_the_delayed_lane_would_notice(monkeypatch):
 
 
 def test_the_step_predicts_with_all_earlier_windows_and_no_other_pairs():
-    """φ of step t, replayed by hand from the pairs of steps < u·⌊t/u⌋ (METHOD: no staleness), incomplete last one dropped."""
+    """φ of step t, replayed by hand from the pairs of steps < u·⌊t/u⌋ (METHOD: no staleness).
+
+    An incomplete last window is dropped.
+    """
     for u in (1, 3):
         g = torch.Generator().manual_seed(u)
-        taps = [(torch.randn(4, 6, generator=g), torch.randn(4, 6, generator=g), torch.rand(4, generator=g) < 0.7) for _ in range(8)]
+        taps = [(torch.randn(4, 6, generator=g), torch.randn(4, 6, generator=g),
+                 torch.rand(4, generator=g) < 0.7) for _ in range(8)]
         config = DistillerConfig(width=5, lr=1e-2)
         ours, oracle = Distiller(config, 2, 6), Distiller(config, 2, 6)
         side = AsyncDistiller(ours, 4, 6, u)
         for t, (shallow, deep, live) in enumerate(taps):
             side.predict(t, shallow, live)
-            torch.testing.assert_close(side.prediction(), oracle.predict(shallow.view(2, 2, 6)).view(4, 6), rtol=0, atol=1e-6)
+            found, expected = side.prediction(), oracle.predict(shallow.view(2, 2, 6)).view(4, 6)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
             side.train(t, deep)
             if (t + 1) % u == 0:
-                window = [torch.stack(x, 1) for x in zip(*[[x.unflatten(0, (2, 2)) for x in tap] for tap in taps[t + 1 - u:t + 1]],
-                                                         strict=True)]
+                grouped = [[x.unflatten(0, (2, 2)) for x in tap] for tap in taps[t + 1 - u:t + 1]]
+                window = [torch.stack(x, 1) for x in zip(*grouped, strict=True)]
                 oracle.train(*(x.flatten(1, 2) for x in window))
         side.finish()
         assert ours.step_P.max() == 8 // u
@@ -179,7 +191,8 @@ class NoSync(TorchDispatchMode):
     looking = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not NoSync.looking and any(word in str(func) for word in ("_local_scalar_dense", "nonzero", "is_nonzero")):
+        reads = ("_local_scalar_dense", "nonzero", "is_nonzero")
+        if not NoSync.looking and any(word in str(func) for word in reads):
             raise AssertionError(f"{func} reads the device outside a look")
         return func(*args, **(kwargs or {}))
 
@@ -187,11 +200,11 @@ class NoSync(TorchDispatchMode):
 def test_the_hot_loop_never_reads_the_device(monkeypatch):
     looks, plain = [], decode.Ledger.look
 
-    def look(self, step, live_B):
+    def look(self, step):
         NoSync.looking = True
         looks.append(step)
         try:
-            return plain(self, step, live_B)
+            return plain(self, step)
         finally:
             NoSync.looking = False
     monkeypatch.setattr(decode.Ledger, "look", look)
@@ -236,7 +249,8 @@ def test_cuda_sleeps_in_either_stream_change_nothing(where):
     def tokens(lane):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train_async, "Lane", lane)
-            result = generate(model, PROMPTS, SAMPLING, ESampConfig(beta=2.0, width=16, lr=1e-2), eos_ids={4, 11})
+            esamp = ESampConfig(beta=2.0, width=16, lr=1e-2)
+            result = generate(model, PROMPTS, SAMPLING, esamp, eos_ids={4, 11})
         return [(s.token_ids, s.novelty) for s in result.samples]
 
     class Serial(Lane):
@@ -250,15 +264,16 @@ def test_cuda_sleeps_in_either_stream_change_nothing(where):
 def test_cuda_hot_loop_never_synchronises(monkeypatch):
     plain = decode.Ledger.look
 
-    def look(self, step, live_B):
+    def look(self, step):
         torch.cuda.set_sync_debug_mode("default")
-        found = plain(self, step, live_B)
+        found = plain(self, step)
         torch.cuda.set_sync_debug_mode("error")
         return found
     monkeypatch.setattr(decode.Ledger, "look", look)
     model = random_model(TINY).cuda()
     try:
-        generate(model, PROMPTS, SamplingConfig(n=2, max_new_tokens=30, top_k=9), ESampConfig(width=8), eos_ids={4},
+        generate(model, PROMPTS, SamplingConfig(n=2, max_new_tokens=30, top_k=9), ESampConfig(width=8),
+                 eos_ids={4},
                  on_step=lambda t, finished: torch.cuda.set_sync_debug_mode("error" if t < 29 else "default"))
     finally:
         torch.cuda.set_sync_debug_mode("default")

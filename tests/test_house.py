@@ -1,0 +1,151 @@
+"""The project keeps its own promises: equation maps, imports, files, and what the README says."""
+
+import ast
+import contextlib
+import importlib
+import io
+import re
+import subprocess
+
+import pytest
+import torch
+from conftest import ROOT
+
+import decode
+
+NESTED = ("work", "buffer", "weight", "add", "per", "text", "note", "on_step", "tojson", "raise_exception")
+ROOMS = ["esamp", "distiller", "model", "train_async", "decode"]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def tree(name):
+    """The syntax tree of a room."""
+    return ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_the_equation_map_names_things_that_exist(name):
+    doc = importlib.import_module(name).__doc__
+    names = re.findall(r"`([A-Za-z_][\w.]*)`", doc)
+    assert names
+    for dotted in names:
+        first, *rest = dotted.split(".")
+        if first in ROOMS:
+            thing = importlib.import_module(first)
+        else:
+            thing, rest = importlib.import_module(name), [first, *rest]
+        for part in rest:
+            assert hasattr(thing, part), f"{name}.py names {dotted}"
+            thing = getattr(thing, part)
+
+
+def test_every_equation_of_the_paper_has_a_place():
+    doc = importlib.import_module("esamp").__doc__
+    for equation in ("1, 2", "3", "4, 5", "6, 7", "8", "9", "10"):
+        assert re.search(rf"eq\. +{equation} ", doc), equation
+
+
+def test_imports_point_one_way():
+    allowed = {"esamp": set(), "distiller": set(), "model": set(), "train_async": set(), "decode": set(ROOMS)}
+    libraries = {"esamp": {"torch"}, "distiller": {"torch"},
+                 "model": {"torch", "safetensors", "huggingface_hub"}, "train_async": {"torch"},
+                 "decode": {"torch", "jinja2", "tokenizers", "tqdm"}}
+    standard = {"argparse", "contextlib", "dataclasses", "datetime", "json", "math", "os",
+                "pathlib", "re", "signal", "sys", "time"}
+    for name in ROOMS:
+        found = set()
+        for node in ast.walk(tree(name)):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            if isinstance(node, ast.ImportFrom):
+                found.add(node.module.split(".")[0])
+        assert found & set(ROOMS) <= allowed[name], name
+        assert found - set(ROOMS) - standard <= libraries[name], name
+
+
+def test_only_train_async_says_stream_or_event_in_code():
+    for name in set(ROOMS) - {"train_async"}:
+        names = {n.attr for n in ast.walk(tree(name)) if isinstance(n, ast.Attribute)}
+        words = {"Stream", "Event", "wait_event", "synchronize", "record_stream", "CUDAGraph"}
+        assert not names & words, name
+
+
+def test_the_top_level_files_are_the_five():
+    assert {p.stem for p in ROOT.glob("*.py")} == set(ROOMS)
+
+
+def test_every_public_thing_has_a_docstring_and_lines_fit():
+    for name in ROOMS:
+        for node in ast.walk(tree(name)):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                nested = node.name in NESTED
+                assert nested or ast.get_docstring(node), f"{name}.{node.name}"
+        longest = max((ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines(), key=len)
+        assert len(longest) <= 110, f"{name}.py: {longest}"
+
+
+def test_readme_line_counts_are_true():
+    counts = dict(re.findall(r"\| `(\w+)\.py` \| (\d+) \|", README))
+    assert counts == {name: str(len((ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()))
+                      for name in ROOMS}
+    assert list(counts) == ROOMS                        # and the order is the reading order
+
+
+def test_readme_flags_are_the_parsers_with_their_defaults():
+    table = README.split("## Every flag")[1].split("\n\n")[1]
+    cells = [line.split("|") for line in table.splitlines()]
+    rows = {flag: cell[2].strip() for cell in cells for flag in re.findall(r"`(--[\w-]+)", cell[1])}
+    actions = {o: a for a in decode.build_parser()._actions for o in a.option_strings
+               if o.startswith("--") and o != "--help"}
+    assert set(rows) == set(actions)
+    for flag, action in actions.items():
+        if isinstance(action.default, int | float) and not isinstance(action.default, bool):
+            assert rows[flag] == str(action.default), flag
+
+
+def test_readme_python_blocks_run(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    torch.manual_seed(0)
+    D, V, K = 8, 11, 4
+    space = dict(D=D, W=torch.randn(V, D), h1=torch.randn(1, K, D), hL=torch.randn(1, K, D),
+                 live=torch.ones(1, K, dtype=torch.bool))
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(blocks) == 2
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        for block in blocks:
+            exec(block, space)
+    assert printed.getvalue().count(" stop") >= 12
+    assert space["logits"].shape == (K, V) and space["distiller"].step_P.tolist() == [1]
+    six = blocks[1].split("\n\n", 1)[1].strip().splitlines()
+    assert len([line for line in six if not line.startswith("with")]) <= 6
+
+
+def test_readme_output_is_real():
+    """The quoted lines, from the quoted command; other CPUs round otherwise, so nine in ten must agree."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert decode.main(["--esamp"]) == 0
+    real = printed.getvalue().splitlines()
+    quoted = README.split("```text\n")[1].split("```")[0].splitlines()
+    samples = [line for line in quoted if line.startswith("   ") and "⋮" not in line and "=" in line[:20]]
+    assert len(samples) >= 4 and sum(line in real for line in samples) >= 0.7 * len(samples)
+    figures = [re.findall(r"[\d.,]+", line) for text in (quoted, real) for line in text[-6:]]
+    words = [re.sub(r"[\d.,]+", "#", line) for text in (quoted, real) for line in text[-6:]]
+    assert words[:6] == words[6:]
+    loss, updates = float(figures[9][1]), int(figures[9][0])
+    assert loss == pytest.approx(float(figures[3][1]), rel=0.02)
+    assert updates == pytest.approx(int(figures[3][0]), abs=6)
+
+
+def test_requirements_are_what_is_imported():
+    text = (ROOT / "requirements.txt").read_text()
+    names = set(re.findall(r"^([\w-]+)(?:==|>=)", text, re.M))
+    assert names == {"torch", "safetensors", "tokenizers", "jinja2", "tqdm", "huggingface_hub", "numpy",
+                     "pytest", "hypothesis"}
+    assert "torch==2.13.0" in text
+
+
+def test_ci_runs_the_readmes_own_command():
+    assert "pip install -r requirements.txt && pytest" in README
+    assert subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")], check=False).returncode == 0
