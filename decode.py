@@ -50,7 +50,7 @@ def in_range(name, value, low, high, above=False):
     if not (number and low <= value <= high and math.isfinite(value) and not (above and value == low)):
         limit = f" to {high}" if high < math.inf else ""
         start = "above" if above else "from"
-        raise ValueError(f"{name} is {value!r}; accepted: {start} {low}{limit}, finite")
+        raise ValueError(f"{name} is {value!r}; accepted: finite numbers {start} {low}{limit}")
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,11 @@ def generate(model, prompts, sampling, esamp=None, *, eos_ids, distillers=None, 
     """Draws `sampling.n` samples of each prompt with ESamp, or vanilla where `esamp` is None → `Generation`.
 
     prompts: lists of token ids; eos_ids: the ids that end a sample. distillers: those of an earlier
-    `Generation` for the same prompts, trained on in place; None makes new ones. on_step(t, finished) is
-    called after every token with the samples of the prompts that were found ended since the last call.
-    first_prompt: where prompts[0] stands in the whole input, which the noise depends on. ValueError for a
-    prompt that is empty or leaves no room in the context, FloatingPointError for numbers that are not finite.
+    `Generation` for the same prompts, trained on in place with their own width and rate; None makes new ones.
+    on_step(t, finished) is called after every token with the samples of the prompts that were found ended
+    since the last call. first_prompt: where prompts[0] stands in the whole input, which the noise depends on.
+    ValueError for a prompt that is empty or leaves no room in the context, FloatingPointError for numbers
+    that are not finite.
     """
     rows = Rows(model, prompts, sampling, eos_ids, first_prompt)
     ledger, side, width_D = Ledger(rows), None, model.config.hidden_size
@@ -130,7 +131,7 @@ def generate(model, prompts, sampling, esamp=None, *, eos_ids, distillers=None, 
         side = AsyncDistiller(distillers, rows.count, width_D, esamp.train_every, rows.device)
         ledger.watch(count, width_D)
     cache, ref_BV = prefill(model, prompts, sampling.n, rows.steps)
-    token_B = rows.draw(0, only(ref_BV, rows.keep(ref_BV)))             # the first token is the plain LLM's
+    token_B = rows.draw(0, masked(ref_BV, rows.keep(ref_BV)))             # the first token is the plain LLM's
     t, done = 0, ledger.settle(0, token_B, ref_BV, on_step)
     try:
         while not done:
@@ -149,9 +150,9 @@ def generate(model, prompts, sampling, esamp=None, *, eos_ids, distillers=None, 
 
 def esamp_step(t, token_B, model, cache, rows, side, beta, ledger):
     """Algorithm 1, one decode step: token t of every row → (token t + 1, ref)."""
-    shallow_BD = model.lower(token_B, cache)                            # embedding, layer 1
+    shallow_BD = model.lower(token_B, cache)                            # embedding, block 0: h¹
     side.predict(t, shallow_BD, rows.live_B)                            # side stream: ĥ with φ_t
-    deep_BD = model.upper(shallow_BD, cache)                            # layers 2 … L, final norm
+    deep_BD = model.upper(shallow_BD, cache)                            # the other blocks, final norm: h^L
     ref_BV = model.head(deep_BD)
     keep_BV = rows.keep(ref_BV)
     predicted_BD = side.prediction()                                    # waits for ĥ
@@ -159,7 +160,7 @@ def esamp_step(t, token_B, model, cache, rows, side, beta, ledger):
     new_BV = reweight(ref_BV, dist_BV, beta, keep_BV)
     token_B = rows.draw(t + 1, new_BV)
     side.train(t, deep_BD)                                              # side stream: φ_t → φ_{t+1}
-    plain_BV = only(ref_BV, keep_BV)
+    plain_BV = masked(ref_BV, keep_BV)
     ledger.write_esamp(t + 1, token_B, shallow_BD, deep_BD, predicted_BD, plain_BV, dist_BV, new_BV)
     return token_B, ref_BV
 
@@ -167,16 +168,10 @@ def esamp_step(t, token_B, model, cache, rows, side, beta, ledger):
 def vanilla_step(t, token_B, model, cache, rows):
     """The same without a Distiller."""
     ref_BV = model.head(model.upper(model.lower(token_B, cache), cache))
-    return rows.draw(t + 1, only(ref_BV, rows.keep(ref_BV))), ref_BV
+    return rows.draw(t + 1, masked(ref_BV, rows.keep(ref_BV))), ref_BV
 
 
-def new_distillers(prompts, esamp, model):
-    """One Distiller per prompt, or one for all of them (scope `batch`), as one batched module."""
-    count = prompts if esamp.scope == "prompt" else 1
-    return Distiller(esamp, count, model.config.hidden_size, model.head_weight.device)
-
-
-def only(logits_BV, keep_BV):
+def masked(logits_BV, keep_BV):
     """The logits of the candidates, −inf elsewhere."""
     return logits_BV.masked_fill(~keep_BV, -torch.inf)
 
@@ -202,6 +197,8 @@ class Rows:
 
     def __init__(self, model, prompts, sampling, eos_ids, first_prompt):
         context, self.device = model.config.max_position_embeddings, model.head_weight.device
+        if not prompts:
+            raise ValueError("prompts is empty; expected at least one list of token ids")
         for i, prompt in enumerate(prompts):
             if not 0 < len(prompt) < context:
                 raise ValueError(f"prompt {i} has {len(prompt)} tokens; accepted: 1 to {context - 1}, one "
@@ -229,7 +226,7 @@ class Rows:
         return token_B.to(self.device)
 
     def advance(self, step, token_B):
-        """Who goes on after token `step`: a new tensor, since the side stream may still read the old one."""
+        """Who goes on after token `step`."""
         ended_B = (token_B[:, None] == self.eos_1E).any(-1) | (self.limit_B <= step + 1)
         self.live_B = self.live_B & ~ended_B
 
@@ -237,6 +234,22 @@ class Rows:
 # ------------------------------------------------------------------------------
 # what a run leaves behind
 # ------------------------------------------------------------------------------
+
+def added(a, b):
+    """The sum of two dataclasses of sums, field by field."""
+    return type(a)(*(getattr(a, f.name) + getattr(b, f.name) for f in dataclasses.fields(a)))
+
+
+@dataclass
+class Errors:
+    """‖h^L − ĥ‖² (eq. 10), summed over rows, for the Distiller and for two predictors that learn nothing."""
+
+    rows: int = 0
+    distiller: float = 0.0
+    shallow: float = 0.0                        # ĥ = h¹
+    mean: float = 0.0                           # ĥ = the mean of all h^L that this Distiller has seen before
+    __add__ = added
+
 
 @dataclass
 class Stats:
@@ -250,13 +263,9 @@ class Stats:
     distinct: int = 0                           # different token_ids within each prompt, summed
     kl: float = 0.0                             # KL(π_new ‖ π_ref), nats, same T and filters
     variation: float = 0.0                      # total variation of the two
-    first: tuple = (0, 0.0, 0.0, 0.0)           # rows at each prompt's first decode step, and their summed
-    last: tuple = (0, 0.0, 0.0, 0.0)            # errors (eq. 10) of f_φ, h¹, running mean; at the last ten
-
-    def __add__(self, other):
-        def add(a, b):
-            return tuple(map(add, a, b)) if isinstance(a, tuple) else a + b
-        return Stats(*(add(getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self)))
+    first: Errors = dataclasses.field(default_factory=Errors)       # at each prompt's first decode step
+    last: Errors = dataclasses.field(default_factory=Errors)        # over each prompt's last ten
+    __add__ = added
 
     def summary(self):
         """A dict of figures; None where there is nothing to divide by, or for an infinite KL (T = 0)."""
@@ -267,17 +276,18 @@ class Stats:
             "updates": self.updates, "reweighted_tokens": self.reweighted, "moved_tokens": self.moved,
             "moved_share": per(self.moved, self.reweighted), "kl_nats": per(self.kl, self.reweighted),
             "total_variation": per(self.variation, self.reweighted),
-            "loss_first_step": per(self.first[1], self.first[0]),
-            "loss_last_10_steps": per(self.last[1], self.last[0]),
-            "loss_last_10_steps_if_h1": per(self.last[2], self.last[0]),
-            "loss_last_10_steps_if_running_mean": per(self.last[3], self.last[0]),
+            "loss_first_step": per(self.first.distiller, self.first.rows),
+            "loss_last_10_steps": per(self.last.distiller, self.last.rows),
+            "loss_last_10_steps_if_h1": per(self.last.shallow, self.last.rows),
+            "loss_last_10_steps_if_running_mean": per(self.last.mean, self.last.rows),
         }
 
 
 class Ledger:
     """All that a run records, a value per row and token in device memory; the host reads when it looks."""
 
-    COLUMNS = {"token": torch.int64, "live": torch.bool, "finite": torch.bool, "moved": torch.bool}
+    COLUMNS = {"token": torch.int64, "live": torch.bool, "moved": torch.bool}
+    COLUMNS |= dict.fromkeys(("bad_logits", "bad_prediction"), torch.bool)  # not finite
     COLUMNS |= dict.fromkeys(("logprob", "novelty", "kl", "variation"), torch.float32)
     COLUMNS |= dict.fromkeys(("to_shallow", "to_mean"), torch.float32)      # errors of the trivial predictors
 
@@ -285,7 +295,6 @@ class Ledger:
         self.rows, self.samples, self.ended, self.looked, self.shape_PKD = rows, [], set(), 0, None
         self.columns = {name: torch.zeros(rows.steps, rows.count, dtype=dtype, device=rows.device)
                         for name, dtype in self.COLUMNS.items()}
-        self.columns["finite"].fill_(True)
 
     def watch(self, count, width_D):
         """Gets ready for `write_esamp`: a running mean of h^L per Distiller, the simplest predictor."""
@@ -297,7 +306,7 @@ class Ledger:
         """Records token `step`, decides who goes on, looks if a look is due: True when all have ended."""
         column = self.columns
         column["token"][step], column["live"][step] = token_B, self.rows.live_B
-        column["finite"][step] &= ref_BV.isfinite().all(-1)
+        column["bad_logits"][step] = ~ref_BV.isfinite().all(-1)
         column["logprob"][step] = ref_BV.log_softmax(-1).gather(-1, token_B[:, None])[:, 0]
         self.rows.advance(step, token_B)
         due = step % LOOK_EVERY == 0 or step == self.rows.steps - 1
@@ -310,7 +319,7 @@ class Ledger:
         """Records what ESamp did to that token, against vanilla at the same temperature, filters and u."""
         column, temperature = self.columns, self.rows.sampling.temperature
         column["novelty"][step] = novelty(deep_BD, predicted_BD)
-        column["finite"][step] &= dist_BV.isfinite().all(-1) & column["novelty"][step].isfinite()
+        column["bad_prediction"][step] = ~(dist_BV.isfinite().all(-1) & column["novelty"][step].isfinite())
         column["moved"][step] = self.rows.draw(step, plain_BV) != token_B
         column["kl"][step], column["variation"][step] = divergence(new_BV, plain_BV, temperature)
         column["to_shallow"][step] = novelty(deep_BD, shallow_BD).square()
@@ -324,11 +333,13 @@ class Ledger:
     def look(self, step):
         """The samples of prompts newly found ended; FloatingPointError for the first number not finite."""
         window, n = slice(self.looked, step + 1), self.rows.sampling.n
-        bad = (self.columns["live"][window] & ~self.columns["finite"][window]).nonzero().tolist()
-        if bad:
-            when, (prompt, sample) = self.looked + bad[0][0], divmod(bad[0][1], n)
-            raise FloatingPointError("not finite: the logits or the Distiller's prediction at step "
-                                     f"{when}, prompt {self.rows.first_prompt + prompt}, sample {sample}")
+        for name in ("bad_logits", "bad_prediction"):
+            bad = (self.columns["live"][window] & self.columns[name][window]).nonzero().tolist()
+            if bad:
+                what = "the logits are" if name == "bad_logits" else "the Distiller's prediction is"
+                when, (prompt, sample) = self.looked + bad[0][0], divmod(bad[0][1], n)
+                raise FloatingPointError(f"{what} not finite at step {when}, prompt "
+                                         f"{self.rows.first_prompt + prompt}, sample {sample}")
         self.looked, finished = step + 1, []
         for prompt, live in enumerate(self.rows.live_B.view(-1, n).any(-1).tolist()):
             if not live and prompt not in self.ended:
@@ -367,7 +378,7 @@ class Ledger:
         for error_4TK in (torch.stack([live_TB, *errors]) * live_TB).chunk(self.rows.prompts, dim=-1):
             end = int(error_4TK[0].any(-1).sum()) + 1           # steps with a live row, and step 0
             first, last = error_4TK[:, 1:2], error_4TK[:, max(1, end - 10):end]
-            stats += Stats(first=tuple(first.sum((1, 2)).tolist()), last=tuple(last.sum((1, 2)).tolist()))
+            stats += Stats(first=Errors(*first.sum((1, 2)).tolist()), last=Errors(*last.sum((1, 2)).tolist()))
         return stats
 
 
@@ -528,7 +539,10 @@ def gather_prompts(args):
 
 def read_prompts(source):
     """The prompts of a file, `-` for stdin: JSONL when line 1 looks like an object, else one a line."""
-    data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+    try:
+        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+    except OSError as error:
+        raise ValueError(f"--prompts {source!r} can not be read ({error.strerror})") from None
     name = "standard input" if source == "-" else source
     try:
         text = data.decode("utf-8").removeprefix("\ufeff")
@@ -579,7 +593,8 @@ def encode(prompt, text, args, config):
             raise ValueError(f"{prompt.where}: not valid Unicode text (a lone surrogate)")
         bad = text.unknown(message["content"])
         if bad:
-            hint = f"; see {BUNDLED.name}/prompts.txt for what it does" if args.model is None else ""
+            hint = "; the bundled model expects prompts like those in checkpoints/countdown/prompts.txt"
+            hint = hint if args.model is None else ""
             raise ValueError(f"{prompt.where}: the tokenizer does not know the characters {bad!r}{hint}")
     ids = text.encode_chat(messages)[1] if chat else text.encode_raw(prompt.content)
     if not ids:
@@ -646,7 +661,7 @@ def warnings(stats, esamp):
     if esamp and stats.updates == 0:
         yield ("the Distiller made no update: the samples were shorter than "
                f"{esamp.train_every + 1} tokens (--train-every {esamp.train_every})")
-    if esamp and esamp.beta > 0 and stats.moved == 0:
+    elif esamp and esamp.beta > 0 and stats.moved == 0:
         yield f"no token was moved although β is {esamp.beta:g}: this run is no evidence about ESamp"
 
 
@@ -698,10 +713,10 @@ FLAGS = {       # field: (flag, help); type and default are the field's own
         "top_k": ("--top-k", "candidates: the k largest logits"),
         "top_p": ("--top-p", "candidates: the smallest set with this share of the probability"),
         "min_p": ("--min-p", "candidates: at least this share of the largest probability"),
-        "seed": ("--seed", "of the noise and of the Distiller's first weights"),
+        "seed": ("--seed", "seed of the noise, and of the Distiller's first weights"),
     },
     ESampConfig: {
-        "beta": ("--beta", "strength of ESamp; 0 is the plain model"),
+        "beta": ("--beta", "strength of ESamp; 0 is vanilla"),
         "scope": ("--distiller-scope", "one Distiller per prompt, or one per batch of prompts"),
         "width": ("--distiller-width", "inner width of the Distiller"),
         "lr": ("--distiller-lr", "learning rate of the Distiller"),
@@ -709,7 +724,7 @@ FLAGS = {       # field: (flag, help); type and default are the field's own
     },
 }
 ABOUT = """Generate text with ESamp (arXiv:2604.24927): the samples of a prompt share a small network, the
-Distiller, that learns while they are decoded and pushes them towards contexts it has not learnt yet."""
+Distiller, that learns while they are decoded; they are pushed towards what it does not predict yet."""
 EXAMPLES = """examples:
   python decode.py --esamp
   python decode.py --model path --esamp --prompt 'Once upon a time' --n 8
@@ -732,25 +747,29 @@ def build_parser():
     add("--model", metavar="PATH", help="folder in Hugging Face layout, or Org/Name in the Hugging Face "
         "cache or on the hub (default: the bundled Countdown model)")
     add("--esamp", action=argparse.BooleanOptionalAction, default=False,
-        help="reweight with a Distiller (default: off, the plain model)")
+        help="reweight with a Distiller (default: off, which is vanilla sampling)")
     source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
     source.add_argument("--prompts", metavar="FILE", help="prompts, one a line, or JSONL with 'prompt' or "
                         "'messages' and maybe 'id'; - is stdin")
     for config, flags in FLAGS.items():
         fields = {f.name: f for f in dataclasses.fields(config)}
+        group = parser.add_argument_group("sampling" if config is SamplingConfig else "ESamp (with --esamp)")
         for name, (flag, text) in flags.items():
             default = fields[name].default
-            kind = next(k for k in (int, float, str) if k.__name__ in str(fields[name].type))
+            hint = str(fields[name].type)               # of an `int | None` the flag takes the int
+            kind = next(k for k in (int, float, str) if k.__name__ in hint)
             shown = "off" if default is None else default
-            add(flag, dest=name, type=kind, default=default, help=f"{text} (default: {shown})",
+            group.add_argument(flag, dest=name, type=kind, default=default, help=f"{text} (default: {shown})",
                 metavar={int: "N", float: "X", str: "{prompt,batch}"}[kind])
+    add = parser.add_argument_group("how it runs").add_argument
     add("--batch-prompts", type=int, default=1, metavar="N", help="prompts decoded together (default: 1)")
     add("--device", help="cpu, cuda, cuda:N or mps (untested) (default: cuda if there is one, else cpu)")
     add("--dtype", choices=tuple(DTYPES),
-        help="of the model (default: the checkpoint's on a GPU, float32 on a CPU)")
+        help="the model's numbers (default: the checkpoint's on a GPU, float32 on a CPU)")
     add("--raw", action="store_true", help="do not apply the model's chat template")
     add("--system", metavar="TEXT", help="a system message in front of every prompt that has none")
-    add("--out", metavar="FILE", help="write one JSON line per sample and a last one with the summary")
+    add("--out", metavar="FILE", help="write one JSON line per sample and a last one with the summary; "
+        "replaces the file")
     add("--quiet", action="store_true", help="print nothing but warnings and errors")
     return parser
 
@@ -787,12 +806,19 @@ def run(args):
     if text.hints:
         hints = ", ".join(f"{name} {value}" for name, value in text.hints.items())
         note(f"note: generation_config.json suggests {hints}; not used, the flags alone decide")
+    knobs = FLAGS[ESampConfig].items()
+    idle = [flag for name, (flag, _) in knobs if getattr(args, name) != getattr(ESampConfig, name)]
+    if idle and not esamp:
+        note(f"note: {', '.join(idle)} does nothing without --esamp")
+    if sampling.temperature == 0 and sampling.n > 1:
+        note("note: at temperature 0 all samples of a prompt are equal; --n 1 is enough")
     if device.type == "mps":
         note("note: mps is untested")
     lengths = [len(ids) for ids in encoded]
     parts = memory(config, dtype or torch.float32, lengths, sampling, esamp, args.batch_prompts)
     total = size_text(sum(parts.values()))
-    note(f"memory: {' + '.join(f'{part} {size_text(n)}' for part, n in parts.items())} = {total} on {device}")
+    each = " + ".join(f"{part} {size_text(n)}" for part, n in parts.items())
+    note(f"memory: about {each} = {total} on {device}")
     model = model_module.load(folder, device, dtype)
     stats, seconds_s = decode_all(model, text, prompts, encoded, sampling, esamp, args, out)
 

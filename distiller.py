@@ -10,7 +10,7 @@ norm, moments, step count) crosses from one Distiller to another. All start from
 what a prompt gets does not depend on its neighbours. One Distiller for a whole batch is P = 1.
 
 Shapes: P Distillers, K rows of each, D width of the LLM, R inner width. All is fp32 whatever the LLM's dtype:
-a step of 1e-3 on a bf16 weight near 1 rounds to nothing. Knows nothing of time: `train_async` decides when.
+a step of 4e-4 on a bf16 weight near 1 rounds to nothing. Knows nothing of time: `train_async` decides when.
 """
 
 import math

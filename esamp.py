@@ -67,7 +67,6 @@ def keep_mask(ref_BV, temperature=1.0, top_k=None, top_p=None, min_p=None):
         keep_BV &= before_BV < top_p * left_BV.sum(-1, keepdim=True)
     if min_p is not None:
         keep_BV &= weight_BV >= min_p
-    keep_BV[:, 0] = True
     return torch.zeros_like(keep_BV).scatter(-1, order_BV, keep_BV)
 
 

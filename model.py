@@ -337,10 +337,10 @@ class KVCache:
 
     def write(self, layer, k_BGLE, v_BGLE, place):
         """Writes one layer's new keys and values; returns all that rows may see, (B, G, filled + L, E)."""
-        live = self.filled + k_BGLE.shape[2]
+        reach = self.filled + k_BGLE.shape[2]
         self.k_NBGME[layer][self.row_B1, :, place.slot_BL] = k_BGLE.transpose(1, 2).to(self.k_NBGME.dtype)
         self.v_NBGME[layer][self.row_B1, :, place.slot_BL] = v_BGLE.transpose(1, 2).to(self.v_NBGME.dtype)
-        return self.k_NBGME[layer, :, :, :live], self.v_NBGME[layer, :, :, :live]
+        return self.k_NBGME[layer, :, :, :reach], self.v_NBGME[layer, :, :, :reach]
 
     def advance(self, length):
         """Every row has `length` more tokens."""
@@ -503,7 +503,7 @@ def load(folder, device="cpu", dtype=None):
                                          f"for a {config.model_type} of this config")
                     tensor = checked(file, name, missing.pop(name).shape, path)
                     owner, _, leaf = name.rpartition(".")
-                    tensor = tensor.to(device, dtype or config.dtype or tensor.dtype, copy=True)
+                    tensor = tensor.to(device, dtype or config.dtype or tensor.dtype)
                     setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable safetensors file ({error})") from None
@@ -529,7 +529,7 @@ def checked(file, name, shape, path):
                          f"the config asks for {tuple(shape)}")
     if stored.get_dtype() not in ("F32", "F16", "BF16"):
         raise ValueError(f"{path}: {name} is stored as {stored.get_dtype()}; accepted: F32, F16, BF16")
-    tensor = file.get_tensor(name)
-    if not torch.isfinite(tensor).all():
+    tensor = file.get_tensor(name)                      # on a CPU a view of the mapped file, not a copy
+    if not torch.stack(torch.aminmax(tensor)).isfinite().all():
         raise ValueError(f"{path}: {name} holds NaN or infinity")
     return tensor

@@ -14,13 +14,15 @@
 3. The prediction buffer is rewritten by predict(t+1), after S(t+1), which main recorded after reweight(t).
 
 Hence timing can not change a token: overlapped and serial runs agree bit for bit. The argument is also data:
-`schedule` lists the operations and `races` searches them for a conflicting pair that no order covers.
+`schedule` lists the operations, `races` searches them for a conflicting pair that no order covers, and tests
+hold `AsyncDistiller` to the list. The main stream may go on using a prediction until it records the next S.
 
 With train_every = u, side copies each step's pair into a window of u steps and trains once when it is full;
-an incomplete last window is dropped. On a CPU a `Lane` is nothing at all: the same program, in order. This is
-the only file that says stream or event. Shapes: B rows, P Distillers, K rows of each, D width, U window.
+an incomplete last window is dropped. On a CPU a `Lane` is nothing at all: the same program, in order. Only
+this file uses streams and events. Shapes: B rows, P Distillers, K rows of each, D width, S slots, U window.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -29,19 +31,19 @@ import torch
 class Lane:
     """Device work beside the caller's: `run` queues it on a side stream; without CUDA it runs where called.
 
-    Events are (letter, step) pairs. The real events are one per letter, allocated once: a wait holds for the
-    latest record at the time it is issued, and both are issued in program order.
+    Events are (letter, step) pairs for the reader and the tests. CUDA needs one event per letter: to wait is
+    to wait for its latest record, and the host issues records and waits in program order. The side stream has
+    the higher priority, as in the paper (B.1): its kernels are small, and the main stream waits for them.
     """
 
     def __init__(self, device):
         self.stream = torch.cuda.Stream(device, priority=-1) if torch.device(device).type == "cuda" else None
-        self.events = {}
+        self.events = defaultdict(torch.cuda.Event)
 
     def record(self, event):
         """main: everything queued so far comes before `event`."""
         if self.stream is not None:
-            main = torch.cuda.current_stream(self.stream.device)
-            self.events.setdefault(event[0], torch.cuda.Event()).record(main)
+            self.events[event[0]].record(torch.cuda.current_stream(self.stream.device))
 
     def wait(self, event):
         """main: everything queued from now on comes after `event`."""
@@ -57,14 +59,15 @@ class Lane:
                 self.stream.wait_event(self.events[waits[0]])
             work()
             if records:
-                self.events.setdefault(records[0], torch.cuda.Event()).record(self.stream)
+                self.events[records[0]].record(self.stream)
 
 
 class AsyncDistiller:
     """A Distiller in time: `predict`, `prediction`, `train`, once each per step t = 0, 1, …; then `finish`.
 
     rows must be a multiple of the Distiller's P; rows of one Distiller are neighbours. Buffers are allocated
-    here, once, and shared by the two streams; whatever a stream makes for itself never leaves it.
+    here, once, and shared by the two streams; whatever a stream makes for itself never leaves it, so no
+    memory can be handed from one stream to the other while it is still in use.
     """
 
     def __init__(self, distiller, rows, width_D, train_every=1, device="cpu", slots=2):
@@ -99,15 +102,15 @@ class AsyncDistiller:
 
     def train(self, t, deep_BD):
         """Starts the update on step t's pairs (eq. 10), or stores them until the window is full."""
-        slot, place = t % self.slots, t % self.train_every
+        slot, at = t % self.slots, t % self.train_every
         self.deep_SBD[slot].copy_(deep_BD)
         self.lane.record(("D", t))
 
         def work():
-            self.shallow_UBD[place].copy_(self.shallow_SBD[slot])
-            self.deep_UBD[place].copy_(self.deep_SBD[slot])
-            self.live_UB[place].copy_(self.live_SB[slot])
-            if place == self.train_every - 1:
+            self.shallow_UBD[at].copy_(self.shallow_SBD[slot])
+            self.deep_UBD[at].copy_(self.deep_SBD[slot])
+            self.live_UB[at].copy_(self.live_SB[slot])
+            if at == self.train_every - 1:
                 window = (self.shallow_UBD, self.deep_UBD, self.live_UB)
                 self.distiller.train(*(self._by_distiller(x) for x in window))
         self.lane.run(work, waits=("D", t))

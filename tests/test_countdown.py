@@ -10,7 +10,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from decode import Text, main
+from decode import ESampConfig, SamplingConfig, Text, generate, main
 from experiments import countdown, train_countdown
 from experiments.countdown import canonical, is_correct, parse
 from model import ModelConfig, load
@@ -177,6 +177,21 @@ def test_stories_are_told(stories_folder, capsys):
                  "--max-new-tokens", "60"]) == 0
     told = capsys.readouterr().out
     assert told.count("there was a") >= 6 and "8 of 8 samples" in told
+
+
+def test_the_readmes_story_figures(stories, stories_folder):
+    """134 at the end, against 243 and 224, a fifth of the tokens moved; other CPUs round otherwise."""
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    pattern = r"(\d+)-token stories .* end at (\d+), against (\d+) and (\d+), and move a fifth"
+    claim = re.search(pattern, readme)
+    text = Text(stories_folder, stories.config)
+    sampling = SamplingConfig(n=16, max_new_tokens=int(claim[1]))
+    ids = text.encode_raw("Once upon a time")
+    result = generate(stories, [ids], sampling, ESampConfig(), eos_ids=text.eos_ids)
+    figures = result.stats.summary()
+    for name, claimed in zip(("", "_if_h1", "_if_running_mean"), claim.groups()[1:], strict=True):
+        assert figures[f"loss_last_10_steps{name}"] == pytest.approx(float(claimed), rel=0.05)
+    assert 0.15 < figures["moved_share"] < 0.25
 
 
 @pytest.mark.slow

@@ -83,6 +83,8 @@ def test_the_largest_token_always_survives_and_equal_ones_fall_to_the_lower_id(s
     keep = keep_mask(ref, T, top_k, top_p, min_p)
     assert keep.gather(-1, ref.argmax(-1, keepdim=True)).all()
     assert (keep.sum(-1) <= top_k).all()
+    half = keep_mask(torch.zeros(1, 4), T, top_p=0.5)    # exactly half of the probability is enough
+    assert half.tolist() == [[True, True, False, False]]
     flat = keep_mask(torch.zeros(2, 9), T, top_k=4)
     assert flat.tolist() == [[True] * 4 + [False] * 5] * 2
 

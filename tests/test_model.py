@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from model import KVCache, ModelConfig, load, rope_frequencies
+from model import KVCache, ModelConfig, RMSNorm, load, rope_frequencies
 
 FIXTURES = sorted(p for p in (Path(__file__).parent / "fixtures").iterdir() if p.is_dir())
 
@@ -64,6 +64,15 @@ def test_greedy_ids_equal_transformers(recorded):
         token = model(token, cache).argmax(-1)
         ids.append(token)
     assert torch.equal(torch.stack(ids, 1), expected["greedy"])
+
+
+def test_norm_statistics_are_fp32_in_a_bf16_model():
+    norm = RMSNorm(512, 1e-6).bfloat16()
+    x = (30 * torch.randn(7, 512, generator=torch.Generator().manual_seed(0))).bfloat16()
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert torch.equal(norm(x), exact.bfloat16()) or (norm(x) != exact.bfloat16()).float().mean() < 1e-3
+    coarse = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+    assert (coarse != exact.bfloat16()).float().mean() > 0.05                # what bf16 statistics would give
 
 
 def test_head_is_linear_and_nothing_but_a_product(tiny):
