@@ -14,6 +14,8 @@ import pytest
 import torch
 from conftest import ROOT, SHARED, write_checkpoint
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 import decode
 import model as model_module
@@ -402,6 +404,14 @@ def test_same_seed_same_file_and_beta_zero_is_no_esamp(folder, tmp_path, capsys)
     assert tokens("--esamp", "--beta", 3, "--distiller-scope", "batch", "--batch-prompts", 2) != together
 
 
+def test_lines_are_on_disk_as_soon_as_they_are_written(tmp_path):
+    out = decode.Out(str(tmp_path / "o"))
+    assert not (tmp_path / "o").exists()
+    for count in (1, 2):
+        out.write([{"n": count}])
+        assert [e["n"] for e in lines(tmp_path / "o")] == list(range(1, count + 1))
+
+
 def test_plain_lines_stdin_and_templates(tmp_path, capsys, monkeypatch):
     folder = write_checkpoint(tmp_path / "m", template=CHAT)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n12\r\n\n3+4\n")))
@@ -471,6 +481,13 @@ def test_a_generation_configs_sampling_values_are_not_used_and_that_is_said(fold
     assert Text(folder, ModelConfig.read(folder)).eos_ids == {2, 5}
     _, _, err = run(capsys, "--model", folder, "--prompt", "1", "--n", 2)
     assert "note: generation_config.json suggests temperature 0.6, top_p 0.9; not used" in err
+
+
+def test_characters_that_a_tokenizer_drops_are_named(tmp_path):
+    folder = write_checkpoint(tmp_path / "m")
+    Tokenizer(BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")])).save(str(folder / "tokenizer.json"))
+    text = Text(folder, ModelConfig.read(folder))
+    assert text.encode_raw("abxa") == [2, 0] and text.unknown("abxa yx") == "xy"
 
 
 def test_control_characters_are_shown_not_obeyed():

@@ -50,6 +50,9 @@ def test_the_verifier_accepts_all_correct_answers_and_nothing_close(prompt):
                         answer.replace("=", "=0", 1), "+" + answer):
             assert not is_correct(prompt, changed)
     assert not is_correct(prompt, "")
+    for other in itertools.combinations_with_replacement(range(9, 0, -1), 4):    # right sums, other digits
+        if len(set(other) - set(digits)) == 0 and sorted(other) != sorted(digits):
+            assert not any(is_correct(prompt, a) for a in every_answer(other, target)), other
 
 
 def test_the_paper_example_and_what_counts_as_one_solution():
@@ -60,6 +63,8 @@ def test_the_paper_example_and_what_counts_as_one_solution():
     same = ["9+8=17,17+7=24,24+5=29", "5+7=12,8+9=17,17+12=29", "7+9=16,16+8=24,5+24=29"]
     assert len({canonical("9875>29:", a) for a in same}) == 1                # orders of one sum
     assert canonical("9875>13:", "9+8=17,17-7=10,10-5=5") is None
+    assert canonical("9853>15:", "5-3=2,9-2=7,7+8=15") == "(+3 +8 +9 -5)"     # 9 − (5 − 3) adds the 3
+    assert canonical("8432>12:", "4/2=2,8/2=4,4*3=12") == "(*2 *3 *8 /4)"
     assert len({canonical("8863>18:", a) for a in ("8-8=0", "8/8=1,6*3=18,18*1=18", "8/8=1,1*6=6,6*3=18",
                                                    "8*3=24,24-6=18,18-8=10")} - {None}) == 1
     assert canonical("9521>15:", "9-5=4,4*2=8,8+1=9") is None
@@ -99,6 +104,15 @@ def test_problems_are_correct_and_of_fixed_length(seed, fold):
         results = re.findall(r"=(\d+)", answer)
         steps = [re.findall(r"\d+", step)[:2] for step in answer.split(",")]
         assert results[0] in steps[1] and results[1] in steps[2]
+
+
+def test_every_generated_step_stays_between_1_and_99():
+    source, largest = random.Random(3), 0
+    for _ in range(4000):
+        prompt, answer = countdown.problem(source, countdown.TRAIN_MULTISETS, 0.7)
+        largest = max(largest, *map(int, re.findall(r"\d+", answer)))
+        assert is_correct(prompt, answer)
+    assert largest == 99
 
 
 def test_eight_percent_of_the_multisets_are_held_out():
