@@ -125,10 +125,12 @@ def generate(model, prompts, sampling, esamp=None, *, eos_ids, distillers=None, 
     if esamp:
         count = len(prompts) if esamp.scope == "prompt" else 1
         distillers = distillers or Distiller(esamp, count, width_D, rows.device)
-        if len(distillers.step_P) != count:
-            raise ValueError(f"distillers holds {len(distillers.step_P)} of them; expected {count}")
+        held = tuple(distillers.down[0].shape[:2])
+        if held != (count, width_D):
+            raise ValueError(f"distillers holds {held[0]} of width {held[1]}; expected {count} of {width_D}")
         before = int(distillers.step_P.sum())
-        side = AsyncDistiller(distillers, rows.count, width_D, esamp.train_every, rows.device)
+        window = min(esamp.train_every, rows.steps)                     # a longer one would never fill
+        side = AsyncDistiller(distillers, rows.count, width_D, window, rows.device)
         ledger.watch(count, width_D)
     cache, ref_BV = prefill(model, prompts, sampling.n, rows.steps)
     token_B = rows.draw(0, masked(ref_BV, rows.keep(ref_BV)))             # the first token is the plain LLM's
@@ -145,7 +147,7 @@ def generate(model, prompts, sampling, esamp=None, *, eos_ids, distillers=None, 
         if side:
             side.finish()
     stats = ledger.stats(int(distillers.step_P.sum()) - before if esamp else 0)
-    return Generation(ledger.samples, stats, distillers if esamp else None)
+    return Generation(sorted(ledger.samples, key=lambda s: (s.prompt, s.sample)), stats, distillers)
 
 
 def esamp_step(t, token_B, model, cache, rows, side, beta, ledger):
@@ -158,8 +160,8 @@ def esamp_step(t, token_B, model, cache, rows, side, beta, ledger):
     predicted_BD = side.prediction()                                    # waits for ĥ
     dist_BV = model.head(predicted_BD)
     new_BV = reweight(ref_BV, dist_BV, beta, keep_BV)
-    token_B = rows.draw(t + 1, new_BV)
     side.train(t, deep_BD)                                              # side stream: φ_t → φ_{t+1}
+    token_B = rows.draw(t + 1, new_BV)
     plain_BV = masked(ref_BV, keep_BV)
     ledger.write_esamp(t + 1, token_B, shallow_BD, deep_BD, predicted_BD, plain_BV, dist_BV, new_BV)
     return token_B, ref_BV
@@ -208,7 +210,7 @@ class Rows:
         self.count, self.steps, self.eos_ids = len(prompts) * sampling.n, max(limits), frozenset(eos_ids)
         self.limit_B = torch.tensor(limits, device=self.device).repeat_interleave(sampling.n)
         self.live_B = torch.ones(self.count, dtype=torch.bool, device=self.device)
-        self.eos_1E = torch.tensor([sorted(eos_ids)], dtype=torch.int64, device=self.device)
+        self.eos_1E = torch.tensor([sorted(self.eos_ids)], dtype=torch.int64, device=self.device)
         on_cpu = self.device.type == "mps"      # which has no fp64
         self.draws_on = torch.device("cpu") if on_cpu else self.device
         row_B = torch.arange(self.count, device=self.draws_on)
@@ -217,7 +219,8 @@ class Rows:
     def keep(self, ref_BV):
         """The candidates, by the run's filters."""
         s = self.sampling
-        return keep_mask(ref_BV, s.temperature, s.top_k, s.top_p, s.min_p)
+        keep_BV = keep_mask(ref_BV.to(self.draws_on), s.temperature, s.top_k, s.top_p, s.min_p)
+        return keep_BV.to(self.device)
 
     def draw(self, step, logits_BV):
         """Token `step` of every row: inverse CDF of softmax(logits/T) at u(seed, prompt, sample, step)."""
@@ -319,7 +322,8 @@ class Ledger:
         """Records what ESamp did to that token, against vanilla at the same temperature, filters and u."""
         column, temperature = self.columns, self.rows.sampling.temperature
         column["novelty"][step] = novelty(deep_BD, predicted_BD)
-        column["bad_prediction"][step] = ~(dist_BV.isfinite().all(-1) & column["novelty"][step].isfinite())
+        new_is_fine_BV = new_BV.isfinite() | plain_BV.isneginf()
+        column["bad_prediction"][step] = ~(dist_BV.isfinite() & new_is_fine_BV).all(-1)
         column["moved"][step] = self.rows.draw(step, plain_BV) != token_B
         column["kl"][step], column["variation"][step] = divergence(new_BV, plain_BV, temperature)
         column["to_shallow"][step] = novelty(deep_BD, shallow_BD).square()
@@ -333,13 +337,14 @@ class Ledger:
     def look(self, step):
         """The samples of prompts newly found ended; FloatingPointError for the first number not finite."""
         window, n = slice(self.looked, step + 1), self.rows.sampling.n
-        for name in ("bad_logits", "bad_prediction"):
-            bad = (self.columns["live"][window] & self.columns[name][window]).nonzero().tolist()
-            if bad:
-                what = "the logits are" if name == "bad_logits" else "the Distiller's prediction is"
-                when, (prompt, sample) = self.looked + bad[0][0], divmod(bad[0][1], n)
-                raise FloatingPointError(f"{what} not finite at step {when}, prompt "
-                                         f"{self.rows.first_prompt + prompt}, sample {sample}")
+        names = ("live", "bad_logits", "bad_prediction")
+        live_TB, logits_TB, prediction_TB = (self.columns[name][window] for name in names)
+        bad = (live_TB & (logits_TB | prediction_TB)).nonzero().tolist()
+        if bad:
+            what = "logits" if logits_TB[*bad[0]] else "Distiller's prediction or reweighted logits"
+            prompt, sample = divmod(bad[0][1], n)
+            raise FloatingPointError(f"{what} not finite at step {self.looked + bad[0][0]}, prompt "
+                                     f"{self.rows.first_prompt + prompt}, sample {sample}")
         self.looked, finished = step + 1, []
         for prompt, live in enumerate(self.rows.live_B.view(-1, n).any(-1).tolist()):
             if not live and prompt not in self.ended:
@@ -375,7 +380,8 @@ class Ledger:
         stats.reweighted, stats.moved = int(live_TB.sum()), int((live_TB & column["moved"]).sum())
         stats.kl, stats.variation = (float(column[c][live_TB].sum()) for c in ("kl", "variation"))
         errors = [column["novelty"] ** 2, column["to_shallow"], column["to_mean"]]
-        for error_4TK in (torch.stack([live_TB, *errors]) * live_TB).chunk(self.rows.prompts, dim=-1):
+        errors_4TB = torch.where(live_TB, torch.stack([live_TB, *errors]), 0)
+        for error_4TK in errors_4TB.chunk(self.rows.prompts, dim=-1):
             end = int(error_4TK[0].any(-1).sum()) + 1           # steps with a live row, and step 0
             first, last = error_4TK[:, 1:2], error_4TK[:, max(1, end - 10):end]
             stats += Stats(first=Errors(*first.sum((1, 2)).tolist()), last=Errors(*last.sum((1, 2)).tolist()))
@@ -405,10 +411,10 @@ class Text:
             raise ValueError(f"{path} is not a readable tokenizer ({one_line(error)})") from None
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
+        self.vocab_size, self.unk = config.vocab_size, unknown_id(self.tokenizer)
         top = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
         if top >= config.vocab_size:
-            raise ValueError(f"{path} has token id {top}, but the model embeds only {config.vocab_size} "
-                             "tokens")
+            raise ValueError(f"{path} has token id {top}, but the model embeds only {self.vocab_size} tokens")
         settings = optional_json(folder / "tokenizer_config.json")
         self.special = {name: token_text(settings[name]) for name in SPECIAL if settings.get(name)}
         self.template = compile_template(folder / "chat_template.jinja", settings.get("chat_template"))
@@ -417,9 +423,20 @@ class Text:
         self.eos_ids = (eos_set(generation, folder / "generation_config.json")
                         | eos_set(read_json(folder / "config.json"), folder / "config.json"))
 
+    def _encode(self, text, special):
+        """The tokenizer's encoding; whatever goes wrong inside it is a ValueError."""
+        try:
+            found = self.tokenizer.encode(text, add_special_tokens=special)
+        except Exception as error:              # the library raises bare Exceptions
+            raise ValueError(f"the tokenizer can not encode {text[:40]!r} ({one_line(error)})") from None
+        if max(found.ids, default=0) >= self.vocab_size:
+            raise ValueError(f"the tokenizer makes the id {max(found.ids)}, but the model embeds only "
+                             f"{self.vocab_size} tokens")
+        return found
+
     def encode_raw(self, text):
         """Ids with the tokenizer's own special tokens in front: one BOS, never two."""
-        ids = self.tokenizer.encode(text).ids
+        ids = self._encode(text, special=True).ids
         bos = self.tokenizer.token_to_id(self.special.get("bos_token", ""))
         return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
@@ -431,7 +448,7 @@ class Text:
         except Exception as error:              # whatever a template does wrong
             kind = type(error).__name__
             raise ValueError(f"the chat template failed ({kind}: {one_line(error)})") from None
-        return text, self.tokenizer.encode(text, add_special_tokens=False).ids
+        return text, self._encode(text, special=False).ids
 
     def decode(self, ids):
         """The text of ids, special tokens left out."""
@@ -439,15 +456,21 @@ class Text:
 
     def unknown(self, text):
         """The characters of text that the tokenizer drops or maps to its unknown token, each once."""
-        unk, covered, lost = getattr(self.tokenizer.model, "unk_token", None), set(), set()
-        whole = self.tokenizer.encode(text, add_special_tokens=False)
-        for token, (start, end) in zip(whole.tokens, whole.offsets, strict=True):
+        whole, covered, lost = self._encode(text, special=False), set(), set()
+        for token, (start, end) in zip(whole.ids, whole.offsets, strict=True):
             covered.update(range(start, end))
-            if token == unk:
+            if token == self.unk:
                 lost.update(text[start:end])
         bare = {c for i, c in enumerate(text) if i not in covered and not c.isspace()}
-        lost.update(c for c in bare if not self.tokenizer.encode(c, add_special_tokens=False).ids)
+        lost.update(c for c in bare if not self._encode(c, special=False).ids)
         return "".join(sorted(lost))
+
+
+def unknown_id(tokenizer):
+    """The id that the tokenizer gives to what it does not know, None where it has none."""
+    if hasattr(tokenizer.model, "unk_token"):
+        return tokenizer.token_to_id(tokenizer.model.unk_token or "")
+    return json.loads(tokenizer.to_str())["model"].get("unk_id")         # Unigram keeps an id, and hides it
 
 
 def compile_template(path, source):
@@ -462,14 +485,16 @@ def compile_template(path, source):
         except UnicodeDecodeError:
             raise ValueError(f"{path} is not UTF-8") from None
     if isinstance(source, list):                # several named ones: [{"name": "default", "template": …}, …]
-        source = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}.get("default")
+        named = (t.get("template") for t in source if isinstance(t, dict) and t.get("name") == "default")
+        source = next(named, None)
     if source is None:
         return None
     if not isinstance(source, str):
         raise ValueError(f"the chat template is a {type(source).__name__}; expected a string")
 
-    def tojson(value, indent=None, ensure_ascii=False):
-        return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii)
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)
 
     def raise_exception(message):
         raise TemplateError(message)
@@ -479,7 +504,7 @@ def compile_template(path, source):
     box.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
         return box.from_string(source)
-    except (TemplateError, RecursionError) as error:
+    except Exception as error:                  # jinja2's own, and Python's compiler's for deep nesting
         raise ValueError(f"the chat template does not compile ({one_line(error)})") from None
 
 
@@ -539,6 +564,8 @@ def gather_prompts(args):
 
 def read_prompts(source):
     """The prompts of a file, `-` for stdin: JSONL when line 1 looks like an object, else one a line."""
+    if source == "-" and sys.stdin is None:
+        raise ValueError("--prompts - reads standard input, which is closed")
     try:
         data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
     except OSError as error:
@@ -562,7 +589,7 @@ def json_prompt(index, where, line):
     """The prompt of a JSONL line: `prompt` (a string) or `messages` ({role, content} each), maybe `id`."""
     try:
         entry = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not valid JSON ({one_line(error)})") from None
     if not isinstance(entry, dict) or ("prompt" in entry) == ("messages" in entry):
         raise ValueError(f"{where}: expected an object with either 'prompt' or 'messages'")
@@ -575,9 +602,14 @@ def json_prompt(index, where, line):
         known = isinstance(message, dict) and [type(message.get(k)) for k in ("role", "content")]
         if known != [str, str]:
             raise ValueError(f"{where}: 'messages' has {message!r}; expected strings 'role' and 'content'")
-    if not isinstance(prompt.id, (str, int)):
+    if not isinstance(prompt.id, (str, int)) or has_surrogate(str(prompt.id)):
         raise ValueError(f"{where}: 'id' is {prompt.id!r}; expected a string or a whole number")
     return prompt
+
+
+def has_surrogate(text):
+    """True where a str is no valid Unicode: JSON's "\\ud800", or undecodable bytes of the command line."""
+    return any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def encode(prompt, text, args, config):
@@ -589,7 +621,7 @@ def encode(prompt, text, args, config):
     if args.system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": args.system}, *messages]
     for message in messages:
-        if any("\ud800" <= c <= "\udfff" for c in message["content"]):
+        if has_surrogate(message["content"]):
             raise ValueError(f"{prompt.where}: not valid Unicode text (a lone surrogate)")
         bad = text.unknown(message["content"])
         if bad:
@@ -619,7 +651,8 @@ def memory(config, dtype, lengths, sampling, esamp, batch):
     parts = {"weights": parameters * size, "kv cache": 2 * kv * rows * slots * size,
              "logits": 8 * 4 * rows * config.vocab_size}        # ref, dist, new and a CDF in fp64, about
     if esamp:
-        pairs = 2 * (2 + esamp.train_every) * rows * D * 4      # two slots and the window, of two taps
+        window = min(esamp.train_every, sampling.max_new_tokens)
+        pairs = 2 * (2 + window) * rows * D * 4                 # two slots and the window, of two taps
         parts["Distiller"] = (prompts if esamp.scope == "prompt" else 1) * esamp.bytes(D) + pairs
     return parts
 
@@ -682,10 +715,14 @@ class Out:
         if self.path is None:
             return
         lines = "".join(json.dumps(e, ensure_ascii=False, allow_nan=False) + "\n" for e in entries)
-        with uninterrupted():
-            self.file = self.file or open(self.path, "w", encoding="utf-8")
-            self.file.write(lines)
-            self.file.flush()
+        data = lines.encode("utf-8", errors="backslashreplace")         # a lone surrogate as JSON writes it
+        try:
+            with uninterrupted():
+                self.file = self.file or open(self.path, "wb")
+                self.file.write(data)
+                self.file.flush()
+        except OSError as error:
+            raise ValueError(f"--out {self.path!r} can not be written ({error.strerror})") from None
 
 
 @contextlib.contextmanager
@@ -784,7 +821,7 @@ def pick_device(name):
     if not match or int(match[2] or 0) >= count[match[1]]:
         there = ", ".join(f"{kind}:0 … {kind}:{n - 1}" if n > 1 else kind for kind, n in count.items() if n)
         raise ValueError(f"--device {name!r} is not there; accepted: {there}")
-    return torch.device(name)
+    return torch.device("cpu" if match[1] == "cpu" else name)
 
 
 def run(args):
@@ -828,7 +865,7 @@ def run(args):
                 "sampling": dataclasses.asdict(sampling), "esamp": esamp and dataclasses.asdict(esamp)}
     out.write([{"summary": {"settings": settings, "seconds": seconds_s, **stats.summary()}}])
     if not args.quiet:
-        print("\n".join(report(stats, seconds_s, esamp, folder.name)))
+        print("\n".join(report(stats, seconds_s, esamp, args.model or BUNDLED.name)))
     for warning in warnings(stats, esamp):
         print(f"WARNING: {warning}", file=sys.stderr)
     return 0
@@ -888,7 +925,7 @@ def main(argv=None):
             raise
         message = ("out of memory; lower --n, --batch-prompts, --max-new-tokens or --distiller-width, "
                    "or use --dtype bfloat16")
-    print(f"decode.py: error: {message}", file=sys.stderr)
+    print(f"decode.py: error: {printable(message)}", file=sys.stderr)
     return 2
 
 

@@ -28,8 +28,8 @@ SCOPES = ("prompt", "batch")
 
 def at_least_one(name, value):
     """ValueError unless value is a whole number of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is {value!r}; accepted: whole numbers from 1")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2 ** 31:
+        raise ValueError(f"{name} is {value!r}; accepted: whole numbers from 1 to 2^31 - 1")
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,12 @@ class DistillerConfig:
     def __post_init__(self):
         at_least_one("width", self.width)
         at_least_one("train_every", self.train_every)
-        if not (isinstance(self.lr, (int, float)) and 0 < self.lr < math.inf):
+        if not (type(self.lr) in (int, float) and 0 < self.lr < math.inf):
             raise ValueError(f"lr is {self.lr!r}; accepted: finite numbers above 0")
+        if not (type(self.seed) is int and 0 <= self.seed < 2 ** 63):
+            raise ValueError(f"seed is {self.seed!r}; accepted: whole numbers from 0 to 2^63 - 1")
+        if not isinstance(self.zero_init, bool):
+            raise ValueError(f"zero_init is {self.zero_init!r}; accepted: True and False")
         if self.scope not in SCOPES:
             raise ValueError(f"scope is {self.scope!r}; accepted: {', '.join(SCOPES)}")
 
@@ -97,8 +101,10 @@ class Distiller(nn.Module):
     def train(self, shallow_PKD, deep_PKD, live_PK):
         """One Adam step of every Distiller on its live pairs (eq. 10); returns the loss before it (P,).
 
-        Writes φ. A Distiller without a live row is left as it was, bit for bit, step count included.
+        Writes φ. A Distiller without a live row is left as it was, bit for bit, step count included. What a
+        dead row holds does not matter, not even a NaN: its gradient would be one however it is masked later.
         """
+        shallow_PKD, deep_PKD = (torch.where(live_PK[..., None], x, 0) for x in (shallow_PKD, deep_PKD))
         with torch.enable_grad():
             loss_P = loss(deep_PKD, self.predict(shallow_PKD), live_PK)
             gradients = torch.autograd.grad(loss_P.sum(), list(self.parameters()))

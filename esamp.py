@@ -55,16 +55,15 @@ def keep_mask(ref_BV, temperature=1.0, top_k=None, top_p=None, min_p=None):
     """
     if top_k is None and top_p is None and min_p is None:
         return torch.ones_like(ref_BV, dtype=torch.bool)
-    ref_BV = at_least_fp32(ref_BV)
-    sorted_BV, order_BV = ref_BV.sort(dim=-1, descending=True, stable=True)
-    weight_BV = ((sorted_BV - sorted_BV[:, :1]) / (temperature or 1.0)).exp()       # the largest weighs 1
+    sorted_BV, order_BV = at_least_fp32(ref_BV).sort(dim=-1, descending=True, stable=True)
+    weight_BV = over(sorted_BV, temperature or 1.0).exp()                           # the largest weighs 1
     keep_BV = torch.ones_like(weight_BV, dtype=torch.bool)
     if top_k is not None:
         keep_BV[:, top_k:] = False
     if top_p is not None and top_p < 1:
         left_BV = weight_BV * keep_BV
-        before_BV = left_BV.cumsum(-1) - left_BV
-        keep_BV &= before_BV < top_p * left_BV.sum(-1, keepdim=True)
+        before_BV = left_BV.cumsum(-1, dtype=torch.float64) - left_BV
+        keep_BV &= before_BV < top_p * left_BV.sum(-1, keepdim=True, dtype=torch.float64)
     if min_p is not None:
         keep_BV &= weight_BV >= min_p
     return torch.zeros_like(keep_BV).scatter(-1, order_BV, keep_BV)
@@ -97,11 +96,18 @@ def divergence(new_BV, ref_BV, temperature):
     if temperature == 0:
         differ_B = new_BV.argmax(-1) != ref_BV.argmax(-1)
         return torch.where(differ_B, torch.inf, 0.0), differ_B.float()
-    log_new_BV = (at_least_fp32(new_BV) / temperature).log_softmax(-1)
-    log_ref_BV = (at_least_fp32(ref_BV) / temperature).log_softmax(-1)
+    log_new_BV = over(new_BV, temperature).log_softmax(-1)
+    log_ref_BV = over(ref_BV, temperature).log_softmax(-1)
     new_BV, ref_BV = log_new_BV.exp(), log_ref_BV.exp()
     gap_BV = torch.where(new_BV > 0, log_new_BV - log_ref_BV, 0.0)
     return (new_BV * gap_BV).sum(-1), (new_BV - ref_BV).abs().sum(-1) / 2
+
+
+def over(logits_BV, temperature):
+    """(logits − the row's largest)/T: the same softmax, and finite however small T > 0 is."""
+    logits_BV = at_least_fp32(logits_BV)
+    smallest = torch.finfo(logits_BV.dtype).tiny
+    return (logits_BV - logits_BV.amax(-1, keepdim=True)) / max(temperature, smallest)
 
 
 def at_least_fp32(x):
@@ -121,8 +127,7 @@ def draw(logits_BV, uniform_B, temperature):
     """
     if temperature == 0:
         return logits_BV.argmax(-1)
-    logits_BV = logits_BV.double()
-    cdf_BV = ((logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature).exp().cumsum(-1)
+    cdf_BV = over(logits_BV.double(), temperature).exp().cumsum(-1)
     token_B1 = torch.searchsorted(cdf_BV, uniform_B[:, None] * cdf_BV[:, -1:], right=True)
     return token_B1[:, 0].clamp(max=logits_BV.shape[1] - 1)
 

@@ -447,9 +447,10 @@ def find(name):
     import huggingface_hub  # slow to import, and only needed here
     try:
         folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
-        if any(folder.glob("*.safetensors")):
+        rest = all((folder / name).is_file() for name in ("config.json", "tokenizer.json"))
+        if weight_files(folder) and rest:
             return folder
-    except (OSError, ValueError):                       # not in the cache
+    except (OSError, ValueError):                       # not in the cache, or an interrupted download
         pass
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES))
@@ -484,8 +485,10 @@ def weight_files(folder):
 def load(folder, device="cpu", dtype=None):
     """The model of a checkpoint folder, its weights frozen, tensor by tensor straight to the device.
 
-    dtype None keeps the checkpoint's. Every tensor is accounted for, both ways: a missing, unexpected,
-    misshapen or non-finite one is a ValueError that names it, its file and the shapes.
+    dtype None keeps the checkpoint's (config.json's, else the first tensor's). Every tensor is accounted for,
+    both ways: a missing, unexpected, misshapen or non-finite one is a ValueError that names it, its file and
+    the shapes. On a CPU a weight whose dtype does not change *is* the mapped file: host memory holds the
+    model once, and the file must not be overwritten while the model is in use.
     """
     config = ModelConfig.read(folder)
     with torch.device("meta"):
@@ -503,7 +506,8 @@ def load(folder, device="cpu", dtype=None):
                                          f"for a {config.model_type} of this config")
                     tensor = checked(file, name, missing.pop(name).shape, path)
                     owner, _, leaf = name.rpartition(".")
-                    tensor = tensor.to(device, dtype or config.dtype or tensor.dtype)
+                    dtype = dtype or config.dtype or tensor.dtype
+                    tensor = tensor.to(device, dtype)
                     setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable safetensors file ({error})") from None

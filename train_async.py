@@ -1,10 +1,10 @@
 """When the Distiller works: beside the LLM, on a second CUDA stream, ordered by events alone.
 
     time →        step t                                        step t+1
-    main  [lower]●S────[upper]────○P[reweight, draw]●D [lower]●S────[upper]────○P[reweight, draw]●D
-                 ╲               ╱                  ╲        ╲                ╱
-    side         ○S[predict φt]●P                    ○D[train φt → φt+1]○S[predict φt+1]●P
-                                                      └ overlaps lower, upper of t+1 ┘
+    main  [lower]●S────[upper]────○P[reweight]●D[draw] [lower]●S────[upper]────○P[reweight]●D[draw]
+                 ╲               ╱            ╲              ╲                ╱
+    side         ○S[predict φt]●P              ○D[train φt → φt+1]○S[predict φt+1]●P
+                                               └ overlaps draw, lower, upper of t+1 ┘
     ●X records event X, ○X waits for it.   S shallow tap ready   P prediction ready   D deep tap ready
 
 1. φ is read and written on *side* only, so stream order is its lock: step t predicts with a φ that was
@@ -18,7 +18,8 @@ Hence timing can not change a token: overlapped and serial runs agree bit for bi
 hold `AsyncDistiller` to the list. The main stream may go on using a prediction until it records the next S.
 
 With train_every = u, side copies each step's pair into a window of u steps and trains once when it is full;
-an incomplete last window is dropped. On a CPU a `Lane` is nothing at all: the same program, in order. Only
+an incomplete last window is dropped (a window whose last step has no live row is incomplete: everybody had
+ended, and the host had not looked yet). On a CPU a `Lane` is nothing at all: the same program, in order. Only
 this file uses streams and events. Shapes: B rows, P Distillers, K rows of each, D width, S slots, U window.
 """
 
@@ -111,7 +112,8 @@ class AsyncDistiller:
             self.deep_UBD[at].copy_(self.deep_SBD[slot])
             self.live_UB[at].copy_(self.live_SB[slot])
             if at == self.train_every - 1:
-                window = (self.shallow_UBD, self.deep_UBD, self.live_UB)
+                live_UB = self.live_UB & self.live_UB[at].any()          # nobody reached its end: dropped
+                window = (self.shallow_UBD, self.deep_UBD, live_UB)
                 self.distiller.train(*(self._by_distiller(x) for x in window))
         self.lane.run(work, waits=("D", t))
 

@@ -99,6 +99,9 @@ def train(args):
     rates = [group["lr"] for opt in opts for group in opt.param_groups]
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
+        if state["run"] != [args.steps, args.batch, args.seed]:
+            raise SystemExit(f"{state_file} belongs to a run with --steps, --batch, --seed {state['run']}; "
+                             "remove it or give the same")
         model.load_state_dict(state["model"])
         for opt, saved in zip(opts, state["opts"], strict=True):
             opt.load_state_dict(saved)
@@ -120,7 +123,8 @@ def train(args):
                   f"{spent_s:.0f} s, {left_s:.0f} s left", file=sys.stderr, flush=True)
         if (step + 1) % SAVE_EVERY == 0:
             torch.save(dict(model=model.state_dict(), opts=[o.state_dict() for o in opts], step=step + 1,
-                            spent_s=spent_s), state_file.with_suffix(".part"))
+                            spent_s=spent_s, run=[args.steps, args.batch, args.seed]),
+                       state_file.with_suffix(".part"))
             state_file.with_suffix(".part").replace(state_file)
     return model, spent_s
 

@@ -9,18 +9,21 @@ import signal
 import subprocess
 import sys
 import time
+from fnmatch import fnmatch
 
 import pytest
 import torch
 from conftest import ROOT, SHARED, write_checkpoint
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from tokenizers.models import BPE
+from tokenizers.models import BPE, Unigram
 
 import decode
 import model as model_module
 from decode import ESampConfig, SamplingConfig, Text, generate, main
+from distiller import Distiller
 from model import ModelConfig, load
+from train_async import AsyncDistiller
 
 CHAT = ("{% for m in messages %}{{ m['role'][0] | replace('u', '1') | replace('s', '2') }}{{ m['content'] }}"
         "{% endfor %}{% if add_generation_prompt %}={% endif %}")
@@ -54,6 +57,15 @@ def edit_json(name, **changes):
         path = folder / name
         content = json.loads(path.read_text()) | changes
         path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+    return change
+
+
+def edit_text(name, old, new):
+    """Replaces text in a file, where it must be."""
+    def change(folder):
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new))
     return change
 
 
@@ -176,6 +188,16 @@ BAD_MODELS = {
                          "SecurityError"),
     "template divides by zero": (edit_json("tokenizer_config.json", chat_template="{{ 1 / 0 }}"),
                                  "ZeroDivisionError"),
+    "template nested deep": (edit_json("tokenizer_config.json", chat_template="{% for i in [1] %}" * 30
+                                       + "{% endfor %}" * 30), "template does not compile"),
+    "template writes a surrogate": (edit_json("tokenizer_config.json", chat_template="\ud800"),
+                                    "can not encode"),
+    "template has no default": (edit_json("tokenizer_config.json", bos_token=7,
+                                          chat_template=[{"name": [], "template": "x"}]), None),
+    "tokenizer without its unk": (edit_text("tokenizer.json", '"unk_token": "<unk>"', '"unk_token": "<no>"'),
+                                  "the tokenizer can not encode"),
+    "tokenizer adds an unknown id": (edit_text("tokenizer.json", '"ids": [\n          1\n        ]',
+                                               '"ids": [99]'), "makes the id 99, but the model embeds only 24"),
     "template never ends": (edit_json("tokenizer_config.json",
                                       chat_template="{% for i in range(10 ** 9) %}{% endfor %}"),
                             "OverflowError"),
@@ -185,6 +207,9 @@ BAD_MODELS = {
                                "encodes to no token"),
 }
 BAD_FLAGS = {
+    "--n 10000000000000000000": "n is 10000000000000000000", "--train-every 99999999999": "train_every is 9",
+    "--distiller-width 100000000000000000": "width is 1000",
+    "--beta 1e38": "reweighted logits not finite at step 1",
     "--n 0": "n is 0", "--n -1": "n is -1", "--n x": "invalid int value: 'x'", "--n 1.5": "'1.5'",
     "--max-new-tokens 0": "max_new_tokens is 0", "--top-k 0": "top_k is 0", "--top-p 0": "top_p is 0.0",
     "--top-p 1.01": "top_p is 1.01", "--top-p nan": "top_p is nan", "--min-p -0.1": "min_p is -0.1",
@@ -214,7 +239,12 @@ def test_bad_models(folder, tmp_path, capsys, name):
     spoil, needle = BAD_MODELS[name]
     spoil(folder)
     out = tmp_path / "out.jsonl"
-    assert_one_line(run(capsys, "--model", folder, "--prompt", "1+1", "--esamp", "--out", out), needle, out)
+    prompt = "1x1" if "its unk" in name else "1+1"
+    result = run(capsys, "--model", folder, "--prompt", prompt, "--esamp", "--out", out)
+    if needle is None:
+        assert result[0] == 0                            # odd, but nothing that is used
+    else:
+        assert_one_line(result, needle, out)
 
 
 @pytest.mark.parametrize("flags", BAD_FLAGS)
@@ -237,6 +267,8 @@ PROMPT_FILES = {
     "messages empty": (b'{"messages": []}\n', "'messages'"),
     "message without content": (b'{"messages": [{"role": "user"}]}\n', "'messages'"),
     "id a list": (b'{"prompt": "1", "id": []}\n', "'id' is []"),
+    "id a surrogate": (b'{"prompt": "1", "id": "\\ud800"}\n', "'id' is"),
+    "endless number": (b'{"prompt": "1", "id": ' + b"9" * 5000 + b"}\n", "line 1: not valid JSON"),
     "messages without a template": (b'{"messages": [{"role": "user", "content": "1"}]}\n',
                                     "need a chat template"),
     "lone surrogate": (b'{"prompt": "\\ud800"}\n', "lone surrogate"),
@@ -285,7 +317,8 @@ def test_other_bad_calls(folder, tmp_path, capsys, monkeypatch):
 
 def test_really_out_of_memory(folder, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
-    result = run(capsys, "--model", folder, "--prompt", "1", "--n", 10 ** 13, "--out", out)
+    flags = ["--prompt", "1", "--esamp", "--distiller-width", 2 * 10 ** 9]
+    result = run(capsys, "--model", folder, *flags, "--out", out)
     assert_one_line(result, "out of memory; lower --n", out)
 
 
@@ -356,6 +389,17 @@ def test_a_hub_name_is_looked_up_in_the_cache_and_refused_offline(folder, tmp_pa
     assert model_module.find(str(folder)) == folder
     code, _, err = run(capsys, "--model", "Org/Other", "--prompt", "1")
     assert code == 2 and len(err.splitlines()) == 1 and "'Org/Other' is no folder here" in err
+    wanted = []
+
+    def download(name, allow_patterns=(), local_files_only=False):
+        wanted.extend(allow_patterns)
+        return str(snapshot)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    (snapshot / "tokenizer.json").unlink()               # an interrupted download is taken up again
+    assert model_module.find("Org/Name") == snapshot
+    assert {"config.json", "tokenizer.json", "model*.safetensors"} <= set(wanted)
+    for name in ("pytorch_model.bin", "model.bin", "x.py", "x.pt"):
+        assert not any(fnmatch(name, pattern) for pattern in wanted)
 
 
 # ------------------------------------------------------------------------------
@@ -476,9 +520,9 @@ def test_greedy_summary_has_no_infinite_number(folder, tmp_path, capsys):
 
 
 def test_a_generation_configs_sampling_values_are_not_used_and_that_is_said(folder, capsys):
-    suggested = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 5]}
+    suggested = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": [7, 5]}
     (folder / "generation_config.json").write_text(json.dumps(suggested))
-    assert Text(folder, ModelConfig.read(folder)).eos_ids == {2, 5}
+    assert Text(folder, ModelConfig.read(folder)).eos_ids == {2, 5, 7}        # and config.json's 2
     _, _, err = run(capsys, "--model", folder, "--prompt", "1", "--n", 2)
     assert "note: generation_config.json suggests temperature 0.6, top_p 0.9; not used" in err
 
@@ -488,6 +532,26 @@ def test_characters_that_a_tokenizer_drops_are_named(tmp_path):
     Tokenizer(BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")])).save(str(folder / "tokenizer.json"))
     text = Text(folder, ModelConfig.read(folder))
     assert text.encode_raw("abxa") == [2, 0] and text.unknown("abxa yx") == "xy"
+
+
+def test_unigram_hides_its_unknown_id(tmp_path):
+    folder = write_checkpoint(tmp_path / "m")
+    Tokenizer(Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0)).save(str(folder / "tokenizer.json"))
+    assert Text(folder, ModelConfig.read(folder)).unknown("axa") == "x"
+
+
+def test_memory_is_what_is_allocated(folder):
+    config = ModelConfig.read(folder)
+    weights = sum(p.nbytes for p in load(folder).parameters())
+    sampling, esamp = SamplingConfig(n=3, max_new_tokens=10), ESampConfig(width=16, train_every=4)
+    parts = decode.memory(config, torch.float32, [5, 7], sampling, esamp, 2)
+    half = decode.memory(config, torch.float16, [5], sampling, None, 1)
+    assert parts["weights"] == weights == 2 * half["weights"] and "Distiller" not in half
+    cache = model_module.KVCache(config, 6, 17, "cpu", torch.float32)
+    assert parts["kv cache"] == cache.k_NBGME.nbytes + cache.v_NBGME.nbytes
+    side = AsyncDistiller(Distiller(esamp, 2, 8), 6, 8, 4)
+    taps = (side.shallow_SBD, side.deep_SBD, side.shallow_UBD, side.deep_UBD)
+    assert parts["Distiller"] == 2 * esamp.bytes(8) + sum(t.nbytes for t in taps)
 
 
 def test_control_characters_are_shown_not_obeyed():

@@ -196,7 +196,7 @@ def test_stories_are_told(stories_folder, capsys):
 def test_the_readmes_story_figures(stories, stories_folder):
     """134 at the end, against 243 and 224, a fifth of the tokens moved; other CPUs round otherwise."""
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    pattern = r"(\d+)-token stories .* end at (\d+), against (\d+) and (\d+), and move a fifth"
+    pattern = r"(\d+)-token stories,.* end at (\d+), against (\d+) and (\d+), and move a fifth"
     claim = re.search(pattern, readme)
     text = Text(stories_folder, stories.config)
     sampling = SamplingConfig(n=16, max_new_tokens=int(claim[1]))

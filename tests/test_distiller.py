@@ -167,6 +167,19 @@ def test_nothing_leaks_from_prompt_to_prompt_or_from_dead_rows(seed):
     assert not torch.equal(one.down[0][0], other.down[0][0])
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
+def test_not_even_a_nan_in_a_dead_row_matters(bad):
+    one, other = Distiller(CONFIG, P, D), Distiller(CONFIG, P, D)
+    for seed in range(3):
+        shallow, deep, live = pairs(seed)
+        live[0, 0], live[2] = True, False                # Distiller 2 is idle altogether
+        one.train(shallow.float(), deep.float(), live)
+        shallow[~live], deep[~live] = bad, -bad
+        other.train(shallow.float(), deep.float(), live)
+    for a, b in zip(state(one), state(other), strict=True):
+        assert torch.equal(a, b) and a.isfinite().all()
+
+
 def test_row_order_does_not_matter():
     one, other = Distiller(CONFIG, P, D, dtype=torch.float64), Distiller(CONFIG, P, D, dtype=torch.float64)
     order = torch.tensor([4, 1, 0, 3, 2])
@@ -212,7 +225,8 @@ def test_bytes_say_what_is_allocated():
 
 
 @pytest.mark.parametrize("bad", [dict(width=0), dict(width=1.5), dict(train_every=0), dict(lr=0.0),
-                                 dict(lr=math.nan), dict(lr=math.inf), dict(scope="row")])
+                                 dict(lr=math.nan), dict(lr=math.inf), dict(scope="row"), dict(seed=1.5),
+                                 dict(lr=True), dict(zero_init=1), dict(width=2 ** 31)])
 def test_knobs_out_of_range_are_refused_by_name(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         DistillerConfig(**bad)

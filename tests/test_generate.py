@@ -33,6 +33,7 @@ def algorithm_1(model, prompts, sampling, esamp, eos_ids):
     scopes = {p: p if esamp is None or esamp.scope == "prompt" else 0 for p in range(len(prompts))}
     distillers = {scope: esamp and Distiller(esamp, 1, model.config.hidden_size)
                   for scope in set(scopes.values())}
+    sums = dict(kl=0.0, variation=0.0, moved=0, updates=0)
     live, novelties, windows = list(rows), {row: [None] for row in rows}, {scope: [] for scope in distillers}
     for step in range(sampling.max_new_tokens):
         pairs = {scope: [] for scope in distillers}
@@ -49,17 +50,28 @@ def algorithm_1(model, prompts, sampling, esamp, eos_ids):
                 novelties[p, k].append(equations.novelty(deep, predicted).item())
                 pairs[scopes[p]].append((shallow[0, -1], deep[0]))
             u = equations.uniform(sampling.seed, torch.tensor([p]), torch.tensor([k]), step)
+            if esamp and step > 0:
+                plain = ref.masked_fill(~keep, -math.inf)
+                sums["moved"] += int(equations.draw(plain, u, sampling.temperature) != equations.draw(
+                    new, u, sampling.temperature))
+                if sampling.temperature > 0:
+                    pi, pi_ref = ((x[keep] / sampling.temperature).double().softmax(-1) for x in (new, plain))
+                    sums["kl"] += (pi * (pi / pi_ref).log()).sum().item()
+                    sums["variation"] += (pi - pi_ref).abs().sum().item() / 2
             text[p, k].append(equations.draw(new, u, sampling.temperature).item())
         for scope, found in pairs.items() if esamp and step > 0 else ():
             windows[scope] += found
             if step % esamp.train_every == 0:
                 if windows[scope]:
+                    sums["updates"] += 1
                     shallow, deep = (torch.stack(x)[None] for x in zip(*windows[scope], strict=True))
                     distillers[scope].train(shallow, deep, torch.ones(1, shallow.shape[1], dtype=torch.bool))
                 windows[scope] = []
         made = {row: text[row][len(prompts[row[0]]):] for row in rows}
         live = [row for row in live if made[row][-1] not in eos_ids and len(made[row]) < limit[row]]
-    return made, novelties
+        if not live:                                     # an incomplete last window is dropped
+            break
+    return made, novelties, sums, [distillers[scope] for scope in sorted(distillers)]
 
 
 SETTINGS = {
@@ -67,6 +79,8 @@ SETTINGS = {
     "vanilla": (SHORT, None),
     "batch scope": (SHORT, dataclasses.replace(STRONG, scope="batch")),
     "train every 3": (SHORT, dataclasses.replace(STRONG, train_every=3)),
+    "windows of 8": (dataclasses.replace(SHORT, max_new_tokens=30),
+                     dataclasses.replace(STRONG, train_every=8)),
     "filters": (dataclasses.replace(SHORT, top_k=12, top_p=0.9, min_p=0.02, temperature=1.4), STRONG),
     "greedy": (dataclasses.replace(SHORT, temperature=0.0), STRONG),
     "context ends": (dataclasses.replace(SHORT, max_new_tokens=60), STRONG),
@@ -78,8 +92,16 @@ def test_the_loop_is_algorithm_1(tiny, name):
     sampling, esamp = SETTINGS[name]
     eos = {3} if name == "context ends" else EOS
     result = generate(tiny, PROMPTS, sampling, esamp, eos_ids=eos)
-    made, novelties = algorithm_1(tiny, PROMPTS, sampling, esamp, eos)
-    assert tokens(result) == made
+    made, novelties, sums, distillers = algorithm_1(tiny, PROMPTS, sampling, esamp, eos)
+    assert tokens(result) == made and [(s.prompt, s.sample) for s in result.samples] == sorted(made)
+    if esamp:
+        assert (result.stats.moved, result.stats.updates) == (sums["moved"], sums["updates"])
+        separate = zip(*(d.parameters() for d in distillers), strict=True)
+        for weight, apart in zip(result.distillers.parameters(), separate, strict=True):
+            torch.testing.assert_close(weight, torch.cat(apart), rtol=0, atol=2e-4)
+    if esamp and sampling.temperature > 0:
+        assert result.stats.kl == pytest.approx(sums["kl"], rel=1e-3)
+        assert result.stats.variation == pytest.approx(sums["variation"], rel=1e-3)
     lengths = {len(t) for t in made.values()}
     assert len(lengths) > 1 or name == "greedy"          # rows ended at different steps
     for s in result.samples:
@@ -157,7 +179,7 @@ def test_distillers_go_on_where_they_are_passed_back_and_start_fresh_otherwise(t
     kept = generate(tiny, PROMPTS, SHORT, STRONG, eos_ids=set(), distillers=first.distillers)
     assert kept.distillers is first.distillers and kept.distillers.step_P.tolist() == [22, 22, 22]
     assert kept.stats.updates == fresh.stats.updates == 33
-    with pytest.raises(ValueError, match="distillers holds 3 of them; expected 1"):
+    with pytest.raises(ValueError, match="distillers holds 3 of width 24; expected 1 of 24"):
         generate(tiny, PROMPTS[:1], SHORT, STRONG, eos_ids=set(), distillers=first.distillers)
     assert kept.stats.summary()["loss_first_step"] < fresh.stats.summary()["loss_first_step"]
 

@@ -191,10 +191,24 @@ class NoSync(TorchDispatchMode):
     looking = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        reads = ("_local_scalar_dense", "nonzero", "is_nonzero")
-        if not NoSync.looking and any(word in str(func) for word in reads):
+        words = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select")
+        reads = any(word in str(func) for word in words)
+        if "aten.index" in str(func) and "index_select" not in str(func):
+            reads |= any(i is not None and i.dtype == torch.bool for i in args[1])           # x[mask]
+        if reads and not NoSync.looking:
             raise AssertionError(f"{func} reads the device outside a look")
         return func(*args, **(kwargs or {}))
+
+
+def forbid_reads(patch):
+    """The same for what the dispatcher does not see on a CPU: tolist, cpu, numpy."""
+    for name in ("tolist", "cpu", "numpy", "__array__"):
+        plain = getattr(torch.Tensor, name)
+
+        def read(self, *args, plain=plain, name=name, **kw):
+            assert NoSync.looking, f"Tensor.{name} reads the device outside a look"
+            return plain(self, *args, **kw)
+        patch.setattr(torch.Tensor, name, read)
 
 
 def test_the_hot_loop_never_reads_the_device(monkeypatch):
@@ -213,13 +227,20 @@ def test_the_hot_loop_never_reads_the_device(monkeypatch):
     def on_step(t, finished):                            # the guard is on from the first step to the last
         if t == 0:
             guard.__enter__()
+            forbid_reads(forbidden)
         if t == 39:
+            forbidden.undo()
             guard.__exit__(None, None, None)
-    guard = NoSync()
+    guard, forbidden = NoSync(), pytest.MonkeyPatch()
     generate(MODEL, PROMPTS, sampling, ESampConfig(width=8), eos_ids=set(), on_step=on_step)
     assert looks == [0, 16, 32, 39]
-    with pytest.raises(AssertionError, match="outside a look"), NoSync():
-        torch.ones(2).sum().item()
+    x = torch.ones(2)
+    with pytest.MonkeyPatch.context() as patch, NoSync():
+        forbid_reads(patch)
+        for read in (lambda: x.sum().item(), lambda: bool(x[0] > 0), lambda: x.tolist(), lambda: x.cpu(),
+                     lambda: x[x > 0], lambda: x.nonzero()):
+            with pytest.raises(AssertionError, match="outside a look"):
+                read()
 
 
 # ------------------------------------------------------------------------------
