@@ -197,7 +197,7 @@ BAD_MODELS = {
     "tokenizer without its unk": (edit_text("tokenizer.json", '"unk_token": "<unk>"', '"unk_token": "<no>"'),
                                   "the tokenizer can not encode"),
     "tokenizer adds an unknown id": (edit_text("tokenizer.json", '"ids": [\n          1\n        ]',
-                                               '"ids": [99]'), "makes the id 99, but the model embeds only 24"),
+                                               '"ids": [99]'), "makes the id 99, but the model embeds only"),
     "template never ends": (edit_json("tokenizer_config.json",
                                       chat_template="{% for i in range(10 ** 9) %}{% endfor %}"),
                             "OverflowError"),
@@ -556,6 +556,19 @@ def test_memory_is_what_is_allocated(folder):
 
 def test_control_characters_are_shown_not_obeyed():
     assert decode.printable("a\x1b[31mb\n\tc\x00é🦄") == "a\\x1b[31mb\n\tc\\x00é🦄"
+
+
+def test_a_progress_bar_on_a_terminal_only(folder, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+    for stream, bar in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert main(["--model", str(folder), "--prompt", "1", "--n", "2"]) == 0
+        assert ("step/s" in stream.getvalue()) == bar
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert main(["--model", str(folder), "--prompt", "1", "--n", "2", "--quiet"]) == 0
+    assert sys.stderr.getvalue() == ""
 
 
 def test_help_teaches(capsys):
