@@ -1,12 +1,12 @@
 """ESamp's equations as pure functions of tensors (Exploratory Sampling, arXiv:2604.24927).
 
 A tiny network, the Distiller, learns during decoding to predict an LLM's last hidden state from its first
-layer's. Where it fails, the context is new; the error, seen through the LLM's own head, says which tokens
-make it so:
+layer's. Where a trained one fails, the context is unlike those it has seen; the error, seen through the LLM's
+own head, says which tokens make it so:
 
     h^L  deep hidden state, the head's input        π_ref   softmax(ref), the LLM's distribution
     ĥ    the Distiller's prediction of h^L          π_new   softmax(new), what ESamp draws from
-    W    the LLM's head, (V, D)                     β       strength of the push; 0 is the plain LLM
+    W    the LLM's head, (V, D)                     β       strength of the push; 0 is vanilla
     ref  W h^L, reference logits                    e       h^L − ĥ, the prediction error
     dist W ĥ, the Distiller's logits                u       one uniform number per row and token
 

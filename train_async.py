@@ -84,6 +84,7 @@ class AsyncDistiller:
         self.predicted_BD, self.step = buffer(rows, width_D), None
         self.lane = Lane(device)                        # φ and the buffers were made on main, before S(0)
 
+    @torch.no_grad()
     def predict(self, t, shallow_BD, live_B):
         """Starts ĥ = f_φ(h¹) for step t; live_B says whose pair of this step may train."""
         slot, self.step = t % self.slots, t
@@ -101,6 +102,7 @@ class AsyncDistiller:
         self.lane.wait(("P", self.step))
         return self.predicted_BD
 
+    @torch.no_grad()
     def train(self, t, deep_BD):
         """Starts the update on step t's pairs (eq. 10), or stores them until the window is full."""
         slot, at = t % self.slots, t % self.train_every

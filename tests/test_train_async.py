@@ -73,7 +73,7 @@ def test_the_code_follows_the_schedule(monkeypatch, train_every):
     side = AsyncDistiller(Distiller(DistillerConfig(width=4), 2, 6), 4, 6, train_every)
     for t in range(5):
         side.predict(t, torch.randn(4, 6), torch.ones(4, dtype=torch.bool))
-        side.prediction()
+        assert not side.prediction().requires_grad       # no graph grows from step to step
         side.train(t, torch.randn(4, 6))
     side.finish()
     assert side.lane.log == [(op.stream, op.waits, op.records) for op in schedule(5, train_every=train_every)]
