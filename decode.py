@@ -341,7 +341,7 @@ class Ledger:
         live_TB, logits_TB, prediction_TB = (self.columns[name][window] for name in names)
         bad = (live_TB & (logits_TB | prediction_TB)).nonzero().tolist()
         if bad:
-            what = "logits" if logits_TB[*bad[0]] else "Distiller's prediction or reweighted logits"
+            what = "logits" if logits_TB[tuple(bad[0])] else "Distiller's prediction or reweighted logits"
             prompt, sample = divmod(bad[0][1], n)
             raise FloatingPointError(f"{what} not finite at step {self.looked + bad[0][0]}, prompt "
                                      f"{self.rows.first_prompt + prompt}, sample {sample}")

@@ -137,6 +137,11 @@ def test_readme_output_is_real():
     assert updates == pytest.approx(int(figures[3][0]), abs=6)
 
 
+def test_readme_says_what_a_distiller_weighs():
+    claim = re.search(r"takes (\d+) MB beside a model of width (\d+)", README)
+    assert round(decode.ESampConfig().bytes(int(claim[2])) / 1e6) == int(claim[1])
+
+
 def test_requirements_are_what_is_imported():
     text = (ROOT / "requirements.txt").read_text()
     names, imported = set(re.findall(r"^([\w-]+)(?:==|>=)", text, re.M)), set()
