@@ -163,7 +163,7 @@ def esamp_step(t, token_B, model, cache, rows, side, beta, ledger):
     side.train(t, deep_BD)                                              # side stream: φ_t → φ_{t+1}
     token_B = rows.draw(t + 1, new_BV)
     plain_BV = masked(ref_BV, keep_BV)
-    ledger.write_esamp(t + 1, token_B, shallow_BD, deep_BD, predicted_BD, plain_BV, dist_BV, new_BV)
+    ledger.write_esamp(t + 1, token_B, shallow_BD, deep_BD, predicted_BD, plain_BV, new_BV)
     return token_B, ref_BV
 
 
@@ -318,12 +318,11 @@ class Ledger:
             on_step(step, finished)
         return len(self.ended) == self.rows.prompts
 
-    def write_esamp(self, step, token_B, shallow_BD, deep_BD, predicted_BD, plain_BV, dist_BV, new_BV):
+    def write_esamp(self, step, token_B, shallow_BD, deep_BD, predicted_BD, plain_BV, new_BV):
         """Records what ESamp did to that token, against vanilla at the same temperature, filters and u."""
         column, temperature = self.columns, self.rows.sampling.temperature
         column["novelty"][step] = novelty(deep_BD, predicted_BD)
-        new_is_fine_BV = new_BV.isfinite() | plain_BV.isneginf()
-        column["bad_prediction"][step] = ~(dist_BV.isfinite() & new_is_fine_BV).all(-1)
+        column["bad_prediction"][step] = ~(new_BV.isfinite() | plain_BV.isneginf()).all(-1)
         column["moved"][step] = self.rows.draw(step, plain_BV) != token_B
         column["kl"][step], column["variation"][step] = divergence(new_BV, plain_BV, temperature)
         column["to_shallow"][step] = novelty(deep_BD, shallow_BD).square()

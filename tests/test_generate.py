@@ -90,7 +90,7 @@ SETTINGS = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_loop_is_algorithm_1(tiny, name):
     sampling, esamp = SETTINGS[name]
-    eos = {3} if name == "context ends" else EOS
+    eos = {"context ends": {3}, "windows of 8": EOS | set(range(20, 27))}.get(name, EOS)
     result = generate(tiny, PROMPTS, sampling, esamp, eos_ids=eos)
     made, novelties, sums, distillers = algorithm_1(tiny, PROMPTS, sampling, esamp, eos)
     assert tokens(result) == made and [(s.prompt, s.sample) for s in result.samples] == sorted(made)
@@ -257,6 +257,20 @@ def test_context_limits_each_prompt_on_its_own(tiny):
         generate(tiny, [[]], SHORT, eos_ids=set())
     one = generate(tiny, PROMPTS, dataclasses.replace(SHORT, max_new_tokens=1), STRONG, eos_ids=set())
     assert one.stats.updates == 0 and all(len(s.token_ids) == 1 for s in one.samples)
+
+
+@pytest.mark.parametrize("scope", ["prompt", "batch"])
+def test_what_a_finished_row_computes_reaches_nobody(scope):
+    """Rows that go on from an EOS compute NaN here; everything is as if they did not."""
+    eos, runs = {13, 14, 15, 16, 17}, []
+    for huge in (1.0, 1e30):
+        model = random_model(TINY)
+        model.model.embed_tokens.weight[list(eos)] *= huge
+        esamp = dataclasses.replace(STRONG, scope=scope)
+        result = generate(model, PROMPTS, dataclasses.replace(SHORT, max_new_tokens=30), esamp, eos_ids=eos)
+        runs.append((result.samples, result.stats, [w.tolist() for w in result.distillers.parameters()]))
+    assert runs[0] == runs[1]
+    assert len({len(s.token_ids) for s in runs[0][0]}) > 3
 
 
 @pytest.mark.parametrize("where", ["ref", "distiller"])
