@@ -24,6 +24,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))      # Ctrl-C during the slow imports: no traceback
+
 import torch
 from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
@@ -34,7 +37,7 @@ from tqdm import tqdm
 import model as model_module
 from distiller import Distiller, DistillerConfig, at_least_one
 from esamp import divergence, draw, keep_mask, novelty, reweight, uniform
-from model import DTYPES, KVCache, Model, ModelConfig, read_json
+from model import DTYPES, KVCache, ModelConfig, read_json
 from train_async import AsyncDistiller
 
 LOOK_EVERY = 16                                 # steps between two looks of the host at the device
@@ -322,7 +325,8 @@ class Ledger:
         """Records what ESamp did to that token, against vanilla at the same temperature, filters and u."""
         column, temperature = self.columns, self.rows.sampling.temperature
         column["novelty"][step] = novelty(deep_BD, predicted_BD)
-        column["bad_prediction"][step] = ~(new_BV.isfinite() | plain_BV.isneginf()).all(-1)
+        loss_B, new_is_fine_BV = column["novelty"][step].square(), new_BV.isfinite() | plain_BV.isneginf()
+        column["bad_prediction"][step] = ~(loss_B.isfinite() & new_is_fine_BV.all(-1))
         column["moved"][step] = self.rows.draw(step, plain_BV) != token_B
         column["kl"][step], column["variation"][step] = divergence(new_BV, plain_BV, temperature)
         column["to_shallow"][step] = novelty(deep_BD, shallow_BD).square()
@@ -340,7 +344,7 @@ class Ledger:
         live_TB, logits_TB, prediction_TB = (self.columns[name][window] for name in names)
         bad = (live_TB & (logits_TB | prediction_TB)).nonzero().tolist()
         if bad:
-            what = "logits" if logits_TB[tuple(bad[0])] else "Distiller's prediction or reweighted logits"
+            what = "logits" if logits_TB[tuple(bad[0])] else "Distiller's loss or reweighted logits"
             prompt, sample = divmod(bad[0][1], n)
             raise FloatingPointError(f"{what} not finite at step {self.looked + bad[0][0]}, prompt "
                                      f"{self.rows.first_prompt + prompt}, sample {sample}")
@@ -427,7 +431,7 @@ class Text:
         try:
             found = self.tokenizer.encode(text, add_special_tokens=special)
         except Exception as error:              # the library raises bare Exceptions
-            raise ValueError(f"the tokenizer can not encode {text[:40]!r} ({one_line(error)})") from None
+            raise ValueError(f"the tokenizer can not encode {brief(text)} ({one_line(error)})") from None
         if max(found.ids, default=0) >= self.vocab_size:
             raise ValueError(f"the tokenizer makes the id {max(found.ids)}, but the model embeds only "
                              f"{self.vocab_size} tokens")
@@ -512,6 +516,12 @@ def one_line(error):
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def brief(value):
+    """A value as an error message shows it: its beginning."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "…"
+
+
 def optional_json(path):
     """The JSON object in a file, {} where there is no file."""
     return read_json(path) if path.is_file() else {}
@@ -555,7 +565,7 @@ def gather_prompts(args):
     if args.prompts is not None:
         return read_prompts(args.prompts)
     if args.prompt:
-        return [Prompt(i, f"--prompt {text!r}", text) for i, text in enumerate(args.prompt)]
+        return [Prompt(i, f"--prompt {brief(text)}", text) for i, text in enumerate(args.prompt)]
     if args.model is None:
         return read_prompts(str(BUNDLED / "prompts.txt"))
     raise ValueError("no prompt; give --prompt TEXT (repeatable) or --prompts FILE")
@@ -579,9 +589,14 @@ def read_prompts(source):
     lines = [(f"{name}, line {i}", line.strip("\r")) for i, line in numbered if line.strip()]
     if not lines:
         raise ValueError(f"{name} holds no prompt")
-    if re.match(r'\s*\{\s*["}]', lines[0][1]):
-        return [json_prompt(i, *line) for i, line in enumerate(lines)]
-    return [Prompt(i, *line) for i, line in enumerate(lines)]
+    if not re.match(r'\s*\{\s*["}]', lines[0][1]):
+        return [Prompt(i, *line) for i, line in enumerate(lines)]
+    prompts, taken = [json_prompt(i, *line) for i, line in enumerate(lines)], {}
+    for prompt in prompts:
+        if prompt.id in taken:
+            raise ValueError(f"{prompt.where}: the id {brief(prompt.id)} is that of {taken[prompt.id]} too")
+        taken[prompt.id] = prompt.where
+    return prompts
 
 
 def json_prompt(index, where, line):
@@ -594,15 +609,15 @@ def json_prompt(index, where, line):
         raise ValueError(f"{where}: expected an object with either 'prompt' or 'messages'")
     prompt = Prompt(entry.get("id", index), where, entry.get("prompt", entry.get("messages")))
     if "prompt" in entry and not isinstance(prompt.content, str):
-        raise ValueError(f"{where}: 'prompt' is {prompt.content!r}; expected a string")
+        raise ValueError(f"{where}: 'prompt' is {brief(prompt.content)}; expected a string")
     if "messages" in entry and not (isinstance(prompt.content, list) and prompt.content):
-        raise ValueError(f"{where}: 'messages' is {prompt.content!r}; expected a list that is not empty")
+        raise ValueError(f"{where}: 'messages' is {brief(prompt.content)}; expected a list that is not empty")
     for message in prompt.messages:
         known = isinstance(message, dict) and [type(message.get(k)) for k in ("role", "content")]
         if known != [str, str]:
-            raise ValueError(f"{where}: 'messages' has {message!r}; expected strings 'role' and 'content'")
-    if not isinstance(prompt.id, (str, int)) or has_surrogate(str(prompt.id)):
-        raise ValueError(f"{where}: 'id' is {prompt.id!r}; expected a string or a whole number")
+            raise ValueError(f"{where}: 'messages' has {brief(message)}; expected texts 'role' and 'content'")
+    if type(prompt.id) not in (str, int) or has_surrogate(str(prompt.id)):
+        raise ValueError(f"{where}: 'id' is {brief(prompt.id)}; expected a string or a whole number")
     return prompt
 
 
@@ -640,18 +655,17 @@ def encode(prompt, text, args, config):
 # what the user sees
 # ------------------------------------------------------------------------------
 
-def memory(config, dtype, lengths, sampling, esamp, batch):
-    """What a run holds at once, in bytes, by part."""
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in Model(config).parameters())
+def memory(model, dtype, lengths, sampling, esamp, batch):
+    """What a run of a (blank) model holds at once, in bytes, by part."""
+    config, parameters = model.config, sum(p.numel() for p in model.parameters())
     prompts, size, D = min(batch, len(lengths)), dtype.itemsize, config.hidden_size
     rows, kv = prompts * sampling.n, config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    slots = max(lengths) + min(sampling.max_new_tokens, config.max_position_embeddings - min(lengths))
+    steps = min(sampling.max_new_tokens, config.max_position_embeddings - min(lengths))
+    slots = max(lengths) + steps
     parts = {"weights": parameters * size, "kv cache": 2 * kv * rows * slots * size,
              "logits": 8 * 4 * rows * config.vocab_size}        # ref, dist, new and a CDF in fp64, about
     if esamp:
-        window = min(esamp.train_every, sampling.max_new_tokens)
-        pairs = 2 * (2 + window) * rows * D * 4                 # two slots and the window, of two taps
+        pairs = 2 * (2 + min(esamp.train_every, steps)) * rows * D * 4      # two slots and the window, twice
         parts["Distiller"] = (prompts if esamp.scope == "prompt" else 1) * esamp.bytes(D) + pairs
     return parts
 
@@ -708,6 +722,13 @@ class Out:
         target = path if Path(path).exists() else folder
         if Path(path).is_dir() or not folder.is_dir() or not os.access(target, os.W_OK):
             raise ValueError(f"--out {path!r} can not be written; expected a file in a folder that exists")
+
+    def spare(self, prompts, folder):
+        """ValueError where writing would replace the file of prompts, or one of the model's."""
+        if self.path is not None and Path(self.path).exists():
+            target = Path(self.path).resolve()
+            if target.parent == Path(folder).resolve() or (prompts and target == Path(prompts).resolve()):
+                raise ValueError(f"--out {self.path!r} would replace a file that this run reads")
 
     def write(self, entries):
         """Appends JSON lines in one piece."""
@@ -831,6 +852,7 @@ def run(args):
     at_least_one("batch_prompts", args.batch_prompts)
     device, out, prompts = pick_device(args.device), Out(args.out), gather_prompts(args)
     folder = model_module.find(args.model if args.model is not None else BUNDLED)
+    out.spare(args.prompts, folder)
     config = ModelConfig.read(folder)
     text = Text(folder, config)
     encoded = [encode(prompt, text, args, config) for prompt in prompts]
@@ -850,8 +872,10 @@ def run(args):
         note("note: at temperature 0 all samples of a prompt are equal; --n 1 is enough")
     if device.type == "mps":
         note("note: mps is untested")
+    blank = model_module.blank(config)
+    model_module.catalogue(folder, blank)
     lengths = [len(ids) for ids in encoded]
-    parts = memory(config, dtype or torch.float32, lengths, sampling, esamp, args.batch_prompts)
+    parts = memory(blank, dtype or torch.float32, lengths, sampling, esamp, args.batch_prompts)
     total = size_text(sum(parts.values()))
     each = " + ".join(f"{part} {size_text(n)}" for part, n in parts.items())
     note(f"memory: about {each} = {total} on {device}")
@@ -905,9 +929,11 @@ def emit(prompt, samples, text, sampling, args, out, bar):
 
 def main(argv=None):
     """Runs the command line: 0, or 2 after one line on stderr for bad input, or 130 after Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:          # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))
+        if hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
     try:
         return run(build_parser().parse_args(argv))
     except KeyboardInterrupt:
@@ -924,9 +950,12 @@ def main(argv=None):
             raise
         message = ("out of memory; lower --n, --batch-prompts, --max-new-tokens or --distiller-width, "
                    "or use --dtype bfloat16")
-    print(f"decode.py: error: {printable(message)}", file=sys.stderr)
+    with contextlib.suppress(OSError):          # a full disk behind stderr
+        print(f"decode.py: error: {printable(message)}", file=sys.stderr)
     return 2
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -104,10 +104,10 @@ def divergence(new_BV, ref_BV, temperature):
 
 
 def over(logits_BV, temperature):
-    """(logits − the row's largest)/T: the same softmax, and finite however small T > 0 is."""
+    """(logits − the row's largest)/T: the same softmax, and no NaN however small or large T > 0 is."""
     logits_BV = at_least_fp32(logits_BV)
-    smallest = torch.finfo(logits_BV.dtype).tiny
-    return (logits_BV - logits_BV.amax(-1, keepdim=True)) / max(temperature, smallest)
+    span = torch.finfo(logits_BV.dtype)
+    return (logits_BV - logits_BV.amax(-1, keepdim=True)) / min(max(temperature, span.tiny), span.max)
 
 
 def at_least_fp32(x):

@@ -21,6 +21,7 @@ import dataclasses
 import json
 import math
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -482,42 +483,48 @@ def weight_files(folder):
     return [folder / name for name in sorted(set(names.values()))], set(names)
 
 
-def load(folder, device="cpu", dtype=None):
-    """The model of a checkpoint folder, its weights frozen, tensor by tensor straight to the device.
+@contextmanager
+def opened(path, device="cpu"):
+    """An open safetensors file; what is wrong with it is a ValueError that names it."""
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error})") from None
 
-    dtype None keeps the checkpoint's (config.json's, else the first tensor's). Every tensor is accounted for,
-    both ways: a missing, unexpected, misshapen or non-finite one is a ValueError that names it, its file and
-    the shapes. On a CPU a weight whose dtype does not change *is* the mapped file: host memory holds the
-    model once, and the file must not be overwritten while the model is in use.
+
+def catalogue(folder, model):
+    """{file: names of the tensors to take from it}, from the headers alone.
+
+    Every tensor is accounted for, both ways: ValueError for one that is missing, unexpected, misshapen or not
+    floating point, with its file and the shapes.
     """
-    config = ModelConfig.read(folder)
-    with torch.device("meta"):
-        model = Model(config)
-    missing = dict(model.named_parameters())
+    expected, found = {name: tuple(p.shape) for name, p in model.named_parameters()}, {}
     files, promised = weight_files(folder)
     for path in files:
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                for name in file.keys():
-                    if is_redundant(name, config):
-                        continue
-                    if name not in missing:
-                        raise ValueError(f"{path}: unexpected tensor {name} "
-                                         f"for a {config.model_type} of this config")
-                    tensor = checked(file, name, missing.pop(name).shape, path)
-                    owner, _, leaf = name.rpartition(".")
-                    dtype = dtype or config.dtype or tensor.dtype
-                    tensor = tensor.to(device, dtype)
-                    setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a readable safetensors file ({error})") from None
-    absent = sorted(missing)
+        found[path] = []
+        with opened(path) as file:
+            for name in file.keys():
+                promised.discard(name)
+                if is_redundant(name, model.config):
+                    continue
+                if name not in expected:
+                    raise ValueError(f"{path}: unexpected tensor {name} "
+                                     f"for a {model.config.model_type} of this config")
+                stored, shape = file.get_slice(name), expected.pop(name)
+                if tuple(stored.get_shape()) != shape:
+                    raise ValueError(f"{path}: {name} has shape {tuple(stored.get_shape())}; "
+                                     f"the config asks for {shape}")
+                if stored.get_dtype() not in ("F32", "F16", "BF16"):
+                    raise ValueError(f"{path}: {name} is stored as {stored.get_dtype()}; "
+                                     "accepted: F32, F16, BF16")
+                found[path].append(name)
+    absent = sorted({*expected, *promised})
     if absent:
         others = f", and {len(absent) - 1} more" * (len(absent) > 1)
         indexed = " although the index names it" * (absent[0] in promised)
         raise ValueError(f"{folder}: tensor {absent[0]} is missing{others}{indexed}")
-    model.frequency = model.frequency.to(device)
-    return model.eval()
+    return found
 
 
 def is_redundant(name, config):
@@ -525,15 +532,30 @@ def is_redundant(name, config):
     return (name == "lm_head.weight" and config.tie_word_embeddings) or name.endswith(".rotary_emb.inv_freq")
 
 
-def checked(file, name, shape, path):
-    """One tensor of an open safetensors file; ValueError unless floating point, of that shape, and finite."""
-    stored = file.get_slice(name)
-    if tuple(stored.get_shape()) != tuple(shape):
-        raise ValueError(f"{path}: {name} has shape {tuple(stored.get_shape())}; "
-                         f"the config asks for {tuple(shape)}")
-    if stored.get_dtype() not in ("F32", "F16", "BF16"):
-        raise ValueError(f"{path}: {name} is stored as {stored.get_dtype()}; accepted: F32, F16, BF16")
-    tensor = file.get_tensor(name)                      # on a CPU a view of the mapped file, not a copy
-    if not torch.stack(torch.aminmax(tensor)).isfinite().all():
-        raise ValueError(f"{path}: {name} holds NaN or infinity")
-    return tensor
+def blank(config):
+    """The model without memory for its weights, on the meta device."""
+    with torch.device("meta"):
+        return Model(config)
+
+
+def load(folder, device="cpu", dtype=None):
+    """The model of a checkpoint folder, its weights frozen, tensor by tensor straight to the device.
+
+    dtype None keeps the checkpoint's (config.json's, else the first tensor's). ValueError as in `catalogue`,
+    and for a tensor that is not finite. On a CPU a weight whose dtype does not change *is* the mapped file:
+    host memory holds the model once, and the file must not be overwritten while the model is in use.
+    """
+    config = ModelConfig.read(folder)
+    model = blank(config)
+    for path, names in catalogue(folder, model).items():
+        with opened(path, device) as file:
+            for name in names:
+                tensor = file.get_tensor(name)
+                if not torch.stack(torch.aminmax(tensor)).isfinite().all():
+                    raise ValueError(f"{path}: {name} holds NaN or infinity")
+                dtype = dtype or config.dtype or tensor.dtype
+                owner, _, leaf = name.rpartition(".")
+                weight = nn.Parameter(tensor.to(device, dtype), requires_grad=False)
+                setattr(model.get_submodule(owner), leaf, weight)
+    model.frequency = model.frequency.to(device)
+    return model.eval()

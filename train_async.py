@@ -17,10 +17,11 @@ Hence timing can not change a token: overlapped and serial runs agree bit for bi
 `schedule` lists the operations, `races` searches them for a conflicting pair that no order covers, and tests
 hold `AsyncDistiller` to the list. The main stream may go on using a prediction until it records the next S.
 
-With train_every = u, side copies each step's pair into a window of u steps and trains once when it is full;
-an incomplete last window is dropped (a window whose last step has no live row is incomplete: everybody had
-ended, and the host had not looked yet). On a CPU a `Lane` is nothing at all: the same program, in order. Only
-this file uses streams and events. Shapes: B rows, P Distillers, K rows of each, D width, S slots, U window.
+With train_every = u, side copies each step's pair into a window of u steps and trains once when it is full. A
+Distiller's incomplete last window, whose end none of its rows lived to see, is dropped. On a CPU a `Lane` is
+nothing at all: the same program, in order. Only this file uses streams and events.
+
+Shapes: B rows, P Distillers, K rows of each, D width, S slots, U window.
 """
 
 from collections import defaultdict
@@ -114,9 +115,10 @@ class AsyncDistiller:
             self.deep_UBD[at].copy_(self.deep_SBD[slot])
             self.live_UB[at].copy_(self.live_SB[slot])
             if at == self.train_every - 1:
-                live_UB = self.live_UB & self.live_UB[at].any()          # nobody reached its end: dropped
-                window = (self.shallow_UBD, self.deep_UBD, live_UB)
-                self.distiller.train(*(self._by_distiller(x) for x in window))
+                window = (self.shallow_UBD, self.deep_UBD, self.live_UB)
+                shallow_PKD, deep_PKD, live_PK = (self._by_distiller(x) for x in window)
+                reached_P1 = self.live_UB[at].view(self.shape_PKD[:2]).any(-1, keepdim=True)
+                self.distiller.train(shallow_PKD, deep_PKD, live_PK & reached_P1)
         self.lane.run(work, waits=("D", t))
 
     def _by_distiller(self, window):

@@ -101,6 +101,14 @@ def sharded(folder, drop_file):
         (folder / "model-00002-of-00002.safetensors").unlink()
 
 
+def extend_index(folder):
+    """One more name in the index, for a tensor that no file has."""
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["nope"] = "model-00001-of-00002.safetensors"
+    path.write_text(json.dumps(index))
+
+
 def pickled(folder):
     """Only a pickle left."""
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
@@ -167,6 +175,8 @@ BAD_MODELS = {
     "shard absent": (lambda f: sharded(f, True), "model-00002-of-00002.safetensors, which is not there"),
     "index broken": (lambda f: (sharded(f, False), write("model.safetensors.index.json", "{}")(f)),
                      "weight_map"),
+    "index names too much": (lambda f: (sharded(f, False), extend_index(f)),
+                             "tensor nope is missing although the index names it"),
     "index leaves the folder": (lambda f: (sharded(f, False), write(
         "model.safetensors.index.json", json.dumps({"weight_map": {K: "../x.safetensors"}}))(f)),
         "'../x.safetensors'"),
@@ -225,10 +235,13 @@ BAD_FLAGS = {
 }
 
 
-def assert_one_line(result, needle, out):
-    """Exit code 2, nothing on stdout, one line of error that holds `needle`, no output file."""
+def assert_one_line(result, needle, out, late=False):
+    """Exit code 2, nothing on stdout, one line of error that holds `needle`, no output file.
+
+    late: found when weights are read or used, behind the line about memory.
+    """
     code, stdout, stderr = result
-    errors = [line for line in stderr.splitlines() if not line.startswith(("memory:", "note:"))]
+    errors = [line for line in stderr.splitlines() if not (late and line.startswith("memory:"))]
     assert code == 2 and stdout == "" and len(errors) == 1, (code, stdout, stderr)
     assert errors[0].startswith("decode.py: error: ") and needle in errors[0], errors[0]
     assert not out.exists()
@@ -244,7 +257,7 @@ def test_bad_models(folder, tmp_path, capsys, name):
     if needle is None:
         assert result[0] == 0                            # odd, but nothing that is used
     else:
-        assert_one_line(result, needle, out)
+        assert_one_line(result, needle, out, late=name in ("NaN inside", "infinity inside"))
 
 
 @pytest.mark.parametrize("flags", BAD_FLAGS)
@@ -252,7 +265,7 @@ def test_bad_flags(folder, tmp_path, capsys, flags):
     out, flag = tmp_path / "out.jsonl", flags.split()
     argv = ["--model", folder, "--esamp"] + ([] if flag[0] == "--prompts" else ["--prompt", "1"]) + \
         ([] if flag[0] == "--out" else ["--out", out])
-    assert_one_line(run(capsys, *argv, *flag), BAD_FLAGS[flags], out)
+    assert_one_line(run(capsys, *argv, *flag), BAD_FLAGS[flags], out, late=flags == "--beta 1e38")
 
 
 PROMPT_FILES = {
@@ -267,6 +280,8 @@ PROMPT_FILES = {
     "messages empty": (b'{"messages": []}\n', "'messages'"),
     "message without content": (b'{"messages": [{"role": "user"}]}\n', "'messages'"),
     "id a list": (b'{"prompt": "1", "id": []}\n', "'id' is []"),
+    "id true": (b'{"prompt": "1", "id": true}\n', "'id' is True"),
+    "id twice": (b'{"prompt": "1"}\n{"prompt": "2", "id": 0}\n', "line 2: the id 0 is that of"),
     "id a surrogate": (b'{"prompt": "1", "id": "\\ud800"}\n', "'id' is"),
     "endless number": (b'{"prompt": "1", "id": ' + b"9" * 5000 + b"}\n", "line 1: not valid JSON"),
     "messages without a template": (b'{"messages": [{"role": "user", "content": "1"}]}\n',
@@ -312,14 +327,35 @@ def test_other_bad_calls(folder, tmp_path, capsys, monkeypatch):
             raise error
         monkeypatch.setattr(decode, "generate", fail)
         result = run(capsys, "--model", folder, "--prompt", "1", "--out", out)
-        assert_one_line(result, "out of memory; lower --n", out)
+        assert_one_line(result, "out of memory; lower --n", out, late=True)
+
+
+def test_files_that_the_run_reads_are_not_replaced(folder, tmp_path, capsys):
+    (tmp_path / "p").write_text("1+1\n")
+    for out in (tmp_path / "p", folder / "model.safetensors"):
+        before = out.read_bytes()
+        code, _, err = run(capsys, "--model", folder, "--prompts", tmp_path / "p", "--out", out)
+        assert code == 2 and "would replace a file that this run reads" in err and out.read_bytes() == before
+    result = run(capsys, "--model", folder, "--prompts", tmp_path / "p", "--out", folder / "new.jsonl")
+    assert result[0] == 0 and (folder / "new.jsonl").exists()
+
+
+def test_closed_streams_do_not_matter(folder, capfd, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["--model", str(folder), "--prompt", "1", "--n", "1"]) == 0
+    assert capfd.readouterr().out.count("── ") == 1
+
+
+def test_an_endless_prompt_is_not_repeated_in_its_error(folder, capsys):
+    code, _, err = run(capsys, "--model", folder, "--prompt", "1" * 10000)
+    assert code == 2 and len(err) < 300 and "has 10001 tokens" in err
 
 
 def test_really_out_of_memory(folder, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     flags = ["--prompt", "1", "--esamp", "--distiller-width", 2 * 10 ** 9]
     result = run(capsys, "--model", folder, *flags, "--out", out)
-    assert_one_line(result, "out of memory; lower --n", out)
+    assert_one_line(result, "out of memory; lower --n", out, late=True)
 
 
 def test_a_non_finite_logit_stops_the_run_and_writes_nothing_of_its_prompt(folder, tmp_path, capsys):
@@ -328,7 +364,7 @@ def test_a_non_finite_logit_stops_the_run_and_writes_nothing_of_its_prompt(folde
     edit_weights(change)(folder)
     out = tmp_path / "out.jsonl"
     result = run(capsys, "--model", folder, "--prompt", "1", "--out", out)
-    assert_one_line(result, "step 0, prompt 0, sample 0", out)
+    assert_one_line(result, "step 0, prompt 0, sample 0", out, late=True)
 
 
 def test_config_fuzz(folder, tmp_path, capsys):
@@ -544,8 +580,9 @@ def test_memory_is_what_is_allocated(folder):
     config = ModelConfig.read(folder)
     weights = sum(p.nbytes for p in load(folder).parameters())
     sampling, esamp = SamplingConfig(n=3, max_new_tokens=10), ESampConfig(width=16, train_every=4)
-    parts = decode.memory(config, torch.float32, [5, 7], sampling, esamp, 2)
-    half = decode.memory(config, torch.float16, [5], sampling, None, 1)
+    blank = model_module.blank(config)
+    parts = decode.memory(blank, torch.float32, [5, 7], sampling, esamp, 2)
+    half = decode.memory(blank, torch.float16, [5], sampling, None, 1)
     assert parts["weights"] == weights == 2 * half["weights"] and "Distiller" not in half
     cache = model_module.KVCache(config, 6, 17, "cpu", torch.float32)
     assert parts["kv cache"] == cache.k_NBGME.nbytes + cache.v_NBGME.nbytes

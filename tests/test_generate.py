@@ -62,14 +62,14 @@ def algorithm_1(model, prompts, sampling, esamp, eos_ids):
         for scope, found in pairs.items() if esamp and step > 0 else ():
             windows[scope] += found
             if step % esamp.train_every == 0:
-                if windows[scope]:
+                if found:                                # else an incomplete last window, dropped
                     sums["updates"] += 1
                     shallow, deep = (torch.stack(x)[None] for x in zip(*windows[scope], strict=True))
                     distillers[scope].train(shallow, deep, torch.ones(1, shallow.shape[1], dtype=torch.bool))
                 windows[scope] = []
         made = {row: text[row][len(prompts[row[0]]):] for row in rows}
         live = [row for row in live if made[row][-1] not in eos_ids and len(made[row]) < limit[row]]
-        if not live:                                     # an incomplete last window is dropped
+        if not live:
             break
     return made, novelties, sums, [distillers[scope] for scope in sorted(distillers)]
 
@@ -158,6 +158,20 @@ def test_prompts_decoded_together_or_one_by_one_are_the_same(tiny, esamp):
     for i, prompt in enumerate(PROMPTS):
         alone |= tokens(generate(tiny, [prompt], SHORT, esamp, eos_ids=EOS, first_prompt=i))
     assert together == alone
+
+
+@pytest.mark.parametrize("train_every", [1, 2, 3, 4, 5])
+def test_a_prompts_distiller_does_not_depend_on_how_long_its_neighbours_live(tiny, train_every):
+    esamp = dataclasses.replace(STRONG, train_every=train_every)
+    sampling = dataclasses.replace(SHORT, max_new_tokens=25)
+    eos = EOS | {20, 21, 22, 23, 24}
+    together = generate(tiny, PROMPTS, sampling, esamp, eos_ids=eos)
+    alone = [generate(tiny, [p], sampling, esamp, eos_ids=eos, first_prompt=i) for i, p in enumerate(PROMPTS)]
+    assert together.distillers.step_P.tolist() == [a.distillers.step_P.item() for a in alone]
+    apart = zip(*(a.distillers.parameters() for a in alone), strict=True)
+    for weight, weights in zip(together.distillers.parameters(), apart, strict=True):
+        torch.testing.assert_close(weight, torch.cat(weights), rtol=0, atol=2e-4)
+    assert together.stats.updates == sum(a.stats.updates for a in alone)
 
 
 def test_siblings_share_a_distiller_and_prompts_do_not(tiny):
@@ -257,6 +271,15 @@ def test_context_limits_each_prompt_on_its_own(tiny):
         generate(tiny, [[]], SHORT, eos_ids=set())
     one = generate(tiny, PROMPTS, dataclasses.replace(SHORT, max_new_tokens=1), STRONG, eos_ids=set())
     assert one.stats.updates == 0 and all(len(s.token_ids) == 1 for s in one.samples)
+
+
+def test_a_loss_that_overflows_stops_the_run_though_its_logits_do_not(tiny):
+    distillers = Distiller(STRONG, 3, 24)
+    with torch.no_grad():
+        distillers.down[1].mul_(1e25)                    # ĥ is finite, ‖h^L − ĥ‖² is not
+    zero = dataclasses.replace(STRONG, beta=0.0)
+    with pytest.raises(FloatingPointError, match="Distiller's loss or reweighted .* not finite at step 1,"):
+        generate(tiny, PROMPTS, SHORT, zero, eos_ids=EOS, distillers=distillers)
 
 
 @pytest.mark.parametrize("scope", ["prompt", "batch"])

@@ -157,14 +157,14 @@ def test_the_delayed_lane_would_notice(monkeypatch):
 
 
 def test_the_step_predicts_with_all_earlier_windows_and_no_other_pairs():
-    """φ of step t, replayed by hand from the pairs of steps < u·⌊t/u⌋ (METHOD: no staleness).
+    """φ of step t, replayed by hand from the pairs of steps < u·⌊t/u⌋: no staleness.
 
-    An incomplete last window is dropped.
+    A Distiller's incomplete last window is dropped.
     """
-    for u in (1, 3):
+    for u in (1, 3, 4):
         g = torch.Generator().manual_seed(u)
-        taps = [(torch.randn(4, 6, generator=g), torch.randn(4, 6, generator=g),
-                 torch.rand(4, generator=g) < 0.7) for _ in range(8)]
+        ends = torch.tensor([2, 5, 14, 9])               # the first Distiller's rows end before step 5
+        taps = [(torch.randn(4, 6, generator=g), torch.randn(4, 6, generator=g), t < ends) for t in range(14)]
         config = DistillerConfig(width=5, lr=1e-2)
         ours, oracle = Distiller(config, 2, 6), Distiller(config, 2, 6)
         side = AsyncDistiller(ours, 4, 6, u)
@@ -175,10 +175,12 @@ def test_the_step_predicts_with_all_earlier_windows_and_no_other_pairs():
             side.train(t, deep)
             if (t + 1) % u == 0:
                 grouped = [[x.unflatten(0, (2, 2)) for x in tap] for tap in taps[t + 1 - u:t + 1]]
-                window = [torch.stack(x, 1) for x in zip(*grouped, strict=True)]
-                oracle.train(*(x.flatten(1, 2) for x in window))
+                shallow_PUK, deep_PUK, live_PUK = (torch.stack(x, 1) for x in zip(*grouped, strict=True))
+                for p in range(2):
+                    live_PUK[p] &= bool(live_PUK[p, -1].any())
+                oracle.train(*(x.flatten(1, 2) for x in (shallow_PUK, deep_PUK, live_PUK)))
         side.finish()
-        assert ours.step_P.max() == 8 // u
+        assert ours.step_P.tolist() == [5 // u, 14 // u]
 
 
 # ------------------------------------------------------------------------------
