@@ -1,5 +1,6 @@
 """Timing changes nothing: race checker, the schedule against the code, every token under delayed lanes."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -181,6 +182,57 @@ def test_the_step_predicts_with_all_earlier_windows_and_no_other_pairs():
                 oracle.train(*(x.flatten(1, 2) for x in (shallow_PUK, deep_PUK, live_PUK)))
         side.finish()
         assert ours.step_P.tolist() == [5 // u, 14 // u]
+
+
+class FakeEvent:
+    """Knows which stream recorded it last."""
+
+    stream = None
+
+    def record(self, stream):
+        self.stream = stream
+
+
+class FakeStream:
+    """A stream on which nothing runs; it refuses to wait for what nobody has recorded."""
+
+    current = None
+
+    def __init__(self, device, priority=0):
+        self.device, self.priority, self.waited = device, priority, []
+
+    def wait_event(self, event):
+        assert event.stream not in (None, self)          # recorded, and by the other stream
+        self.waited.append(event)
+
+    @contextlib.contextmanager
+    def entered(self):
+        outer, FakeStream.current = FakeStream.current, self
+        yield
+        FakeStream.current = outer
+
+
+def test_the_cuda_branch_of_the_lane_speaks_to_its_streams(monkeypatch):
+    """The lines that only a GPU runs, with stand-ins for streams and events: what is ordered, no more."""
+    main, works = FakeStream("cuda"), []
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream.entered())
+    lane = Lane("cuda")
+    assert lane.stream.priority == -1
+    lane.record(("S", 0))
+    lane.run(lambda: works.append(FakeStream.current), waits=("S", 0), records=("P", 0))
+    lane.wait(("P", 0))
+    lane.record(("S", 1))
+    lane.run(lambda: works.append(FakeStream.current), waits=("S", 1), records=("P", 1))
+    lane.wait(("P", 1))
+    assert works == [lane.stream] * 2 and FakeStream.current is None
+    assert lane.stream.waited == [lane.events["S"]] * 2 and main.waited == [lane.events["P"]] * 2
+    assert lane.events["S"].stream is main and lane.events["P"].stream is lane.stream
+    assert set(lane.events) == {"S", "P"}                # one event per letter, however many steps
+    pretend = type("Pretend", (Lane,), {"__init__": lambda self, device: Lane.__init__(self, "cuda")})
+    assert run(pretend)[0] == SERIAL[1, "prompt"][0]
 
 
 # ------------------------------------------------------------------------------
