@@ -702,6 +702,23 @@ def report(stats, seconds_s, esamp, name):
     return lines
 
 
+def notes(args, sampling, esamp, text, device, parts):
+    """What a person should know before a run starts."""
+    if text.hints:
+        hints = ", ".join(f"{name} {value}" for name, value in text.hints.items())
+        yield f"note: generation_config.json suggests {hints}; not used, the flags alone decide"
+    knobs = FLAGS[ESampConfig].items()
+    idle = [flag for name, (flag, _) in knobs if getattr(args, name) != getattr(ESampConfig, name)]
+    if idle and not esamp:
+        yield f"note: {', '.join(idle)} does nothing without --esamp"
+    if sampling.temperature == 0 and sampling.n > 1:
+        yield "note: at temperature 0 all samples of a prompt are equal; --n 1 is enough"
+    if device.type == "mps":
+        yield "note: mps is untested"
+    each = " + ".join(f"{part} {size_text(n)}" for part, n in parts.items())
+    yield f"memory: about {each} = {size_text(sum(parts.values()))} on {device}"
+
+
 def warnings(stats, esamp):
     """What a run must not pass over in silence: a Distiller that did nothing."""
     if esamp and stats.updates == 0:
@@ -858,27 +875,13 @@ def run(args):
     encoded = [encode(prompt, text, args, config) for prompt in prompts]
     dtype = DTYPES[args.dtype] if args.dtype else torch.float32 if device.type == "cpu" else config.dtype
 
-    def note(line):
-        if not args.quiet:
-            print(line, file=sys.stderr, flush=True)
-    if text.hints:
-        hints = ", ".join(f"{name} {value}" for name, value in text.hints.items())
-        note(f"note: generation_config.json suggests {hints}; not used, the flags alone decide")
-    knobs = FLAGS[ESampConfig].items()
-    idle = [flag for name, (flag, _) in knobs if getattr(args, name) != getattr(ESampConfig, name)]
-    if idle and not esamp:
-        note(f"note: {', '.join(idle)} does nothing without --esamp")
-    if sampling.temperature == 0 and sampling.n > 1:
-        note("note: at temperature 0 all samples of a prompt are equal; --n 1 is enough")
-    if device.type == "mps":
-        note("note: mps is untested")
     blank = model_module.blank(config)
     model_module.catalogue(folder, blank)
     lengths = [len(ids) for ids in encoded]
     parts = memory(blank, dtype or torch.float32, lengths, sampling, esamp, args.batch_prompts)
-    total = size_text(sum(parts.values()))
-    each = " + ".join(f"{part} {size_text(n)}" for part, n in parts.items())
-    note(f"memory: about {each} = {total} on {device}")
+    if not args.quiet:
+        for line in notes(args, sampling, esamp, text, device, parts):
+            print(line, file=sys.stderr, flush=True)
     model = model_module.load(folder, device, dtype)
     stats, seconds_s = decode_all(model, text, prompts, encoded, sampling, esamp, args, out)
 
