@@ -81,9 +81,8 @@ def fresh_model(seed, device):
 def optimizers(model):
     """Muon for the blocks' matrices, AdamW for everything else.
 
-    The weight decay keeps the residual stream at an LLM's scale (‖h¹‖ about 5, ‖h^L‖ about 13): without it
-    the same recipe ends at ‖h¹‖ = 81, from which no Distiller of the paper's size predicts anything in 22
-    steps.
+    The weight decay keeps the residual stream at an LLM's scale (‖h¹‖ about 4, ‖h^L‖ about 13): at 0.01 and
+    2,400 steps ‖h¹‖ grew to 81, and the paper's Distiller began at a loss of 5·10⁴.
     """
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in name]
     rest = [p for name, p in model.named_parameters() if not (p.dim() == 2 and ".layers." in name)]
