@@ -881,7 +881,7 @@ def run(args):
     parts = memory(blank, dtype or torch.float32, lengths, sampling, esamp, args.batch_prompts)
     if not args.quiet:
         for line in notes(args, sampling, esamp, text, device, parts):
-            print(line, file=sys.stderr, flush=True)
+            print(printable(line), file=sys.stderr, flush=True)
     model = model_module.load(folder, device, dtype)
     stats, seconds_s = decode_all(model, text, prompts, encoded, sampling, esamp, args, out)
 

@@ -591,7 +591,10 @@ def test_memory_is_what_is_allocated(folder):
     assert parts["Distiller"] == 2 * esamp.bytes(8) + sum(t.nbytes for t in taps)
 
 
-def test_control_characters_are_shown_not_obeyed():
+def test_control_characters_are_shown_not_obeyed(folder, capsys):
+    (folder / "generation_config.json").write_text(json.dumps({"top_k": "\x1b[2J", "eos_token_id": 2}))
+    _, _, err = run(capsys, "--model", folder, "--prompt", "1", "--n", 1)
+    assert "\\x1b[2J" in err and "\x1b" not in err
     assert decode.printable("a\x1b[31mb\n\tc\x00é🦄") == "a\\x1b[31mb\n\tc\\x00é🦄"
 
 
