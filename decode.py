@@ -5,13 +5,17 @@
 
 `generate` takes token ids and returns token ids; text, chat templates and files belong to the second chapter.
 
+Each step has two forms that mean the same: `esamp_step` is the paper's page, `fast_step` what runs unless
+`plain` is asked for.
+
 Shapes: P prompts of K samples each are B = P·K rows, the rows of a prompt side by side; L positions, D width,
-V vocabulary, T generated tokens. Token 0 of a row comes from the prefill and is the plain LLM's; step t of
+V vocabulary, C candidates, T generated tokens. Token 0 of a row comes from the prefill and is the plain LLM's; step t of
 the loop makes token t + 1. The LLM has its own dtype; logits and all that follows are fp32, draws fp64.
 """
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import json
 import math
@@ -36,11 +40,12 @@ from tqdm import tqdm
 
 import model as model_module
 from distiller import Distiller, DistillerConfig, at_least_one
-from esamp import divergence, draw, keep_mask, novelty, reweight, uniform
+from esamp import candidates, divergence, draw, keep_mask, mix_hidden, novelty, reweight, uniform
 from model import DTYPES, KVCache, ModelConfig, read_json
-from train_async import AsyncDistiller
+from train_async import AsyncDistiller, Graphs
 
-LOOK_EVERY = 16                                 # steps between two looks of the host at the device
+LOOK_EVERY = 16                                 # steps between two looks of the host at a device
+WIDTHS = (64, 512)                              # candidates that the fast form looks at; then all tokens
 
 # ------------------------------------------------------------------------------
 # chapter 1: the loop
@@ -79,6 +84,11 @@ class SamplingConfig:
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2 ** 63:
             raise ValueError(f"seed is {self.seed!r}; accepted: whole numbers from 0 to 2^63 - 1")
 
+    @property
+    def filters(self):
+        """Whether any filter may drop a token."""
+        return bool(self.top_k or (self.top_p or 1.0) < 1 or self.min_p)
+
 
 @dataclass(frozen=True)
 class ESampConfig(DistillerConfig):
@@ -99,7 +109,7 @@ class Sample:
     sample: int
     token_ids: list
     finish_reason: str                          # "stop": drew an EOS; "length": its token or context limit
-    logprob: list                               # log softmax(ref) of each token at T = 1, unfiltered
+    logprob: list                               # log softmax(ref) of each token at T = 1, or None: no record
     novelty: list                               # ‖e‖ behind each token; None for the first, and for vanilla
 
 
@@ -113,18 +123,22 @@ class Generation:
 
 
 @torch.no_grad()
-def generate(model, prompts, sampling, esamp=None, *, eos_ids, distillers=None, on_step=None, first_prompt=0):
+def generate(model, prompts, sampling, esamp=None, *, eos_ids, distillers=None, on_step=None, first_prompt=0,
+             record=True, plain=False, overlap=True):
     """Draws `sampling.n` samples of each prompt with ESamp, or vanilla where `esamp` is None → `Generation`.
 
     prompts: lists of token ids; eos_ids: the ids that end a sample. distillers: those of an earlier
     `Generation` for the same prompts, trained on in place with their own width and rate; None makes new ones.
     on_step(t, finished) is called after every token with the samples of the prompts that were found ended
     since the last call. first_prompt: where prompts[0] stands in the whole input, which the noise depends on.
+    record: also log-probabilities under the model, and how far ESamp moved the distribution. plain: the step
+    as the paper writes it, instead of the fast one, which means the same. overlap: the Distiller on a stream
+    of its own, where there are streams. None of the three changes what is drawn.
     ValueError for a prompt that is empty or leaves no room in the context, FloatingPointError for numbers
     that are not finite.
     """
     rows = Rows(model, prompts, sampling, eos_ids, first_prompt)
-    ledger, side, width_D = Ledger(rows), None, model.config.hidden_size
+    ledger, side, width_D = Ledger(rows, record), None, model.config.hidden_size
     if esamp:
         count = len(prompts) if esamp.scope == "prompt" else 1
         distillers = distillers or Distiller(esamp, count, width_D, rows.device)
@@ -133,47 +147,58 @@ def generate(model, prompts, sampling, esamp=None, *, eos_ids, distillers=None, 
             raise ValueError(f"distillers holds {held[0]} of width {held[1]}; expected {count} of {width_D}")
         before = int(distillers.step_P.sum())
         window = min(esamp.train_every, rows.steps)                     # a longer one would never fill
-        side = AsyncDistiller(distillers, rows.count, width_D, window, rows.device)
+        side = AsyncDistiller(distillers, rows.count, width_D, window, rows.device, overlap)
         ledger.watch(count, width_D)
     cache, ref_BV = prefill(model, prompts, sampling.n, rows.steps)
-    token_B = rows.draw(0, masked(ref_BV, rows.keep(ref_BV)))             # the first token is the plain LLM's
-    t, done = 0, ledger.settle(0, token_B, ref_BV, on_step)
+    plain = plain or rows.device.type == "mps"                          # which has no fp64
+    run = Run(model, rows, ledger, cache, side, esamp.beta if esamp else 0.0, plain)
+    step = (esamp_step if esamp else vanilla_step) if plain else fast_step
+    token_B = rows.draw(masked(ref_BV, rows.keep(ref_BV)))              # the first token is the plain LLM's
+    ledger.write(token_B, rows.live_B, of_ref(run, ref_BV, token_B))
+    rows.advance(token_B)
+    t, finished = run.look(0)
     try:
-        while not done:
-            if esamp:
-                token_B, ref_BV = esamp_step(t, token_B, model, cache, rows, side, esamp.beta, ledger)
-            else:
-                token_B, ref_BV = vanilla_step(t, token_B, model, cache, rows)
-            t += 1
-            done = ledger.settle(t, token_B, ref_BV, on_step)
+        while True:
+            if on_step:
+                on_step(t, finished)
+            if len(ledger.ended) == len(prompts):
+                break
+            step(t, run)
+            t, finished = t + 1, []
+            if t % look_every(rows.device) == 0 or t == rows.steps - 1:
+                t, finished = run.look(t)
     finally:
-        if side:
-            side.finish()
+        if run.side:
+            run.side.finish()
     stats = ledger.stats(int(distillers.step_P.sum()) - before if esamp else 0)
     return Generation(sorted(ledger.samples, key=lambda s: (s.prompt, s.sample)), stats, distillers)
 
 
-def esamp_step(t, token_B, model, cache, rows, side, beta, ledger):
-    """Algorithm 1, one decode step: token t of every row → (token t + 1, ref)."""
-    shallow_BD = model.lower(token_B, cache)                            # embedding, block 0: h¹
-    side.predict(t, shallow_BD, rows.live_B)                            # side stream: ĥ with φ_t
-    deep_BD = model.upper(shallow_BD, cache)                            # the other blocks, final norm: h^L
+def esamp_step(t, run):
+    """Algorithm 1, one decode step: from token t of every row to token t + 1."""
+    model, rows, side = run.model, run.rows, run.side
+    shallow_BD = model.lower(rows.token_B, run.cache)                   # embedding, block 0: h¹
+    side.predict(t, shallow_BD)                                         # side stream: ĥ with φ_t
+    deep_BD = model.upper(shallow_BD, run.cache)                        # the other blocks, final norm: h^L
     ref_BV = model.head(deep_BD)
     keep_BV = rows.keep(ref_BV)
     predicted_BD = side.prediction()                                    # waits for ĥ
     dist_BV = model.head(predicted_BD)
-    new_BV = reweight(ref_BV, dist_BV, beta, keep_BV)
-    side.train(t, deep_BD)                                              # side stream: φ_t → φ_{t+1}
-    token_B = rows.draw(t + 1, new_BV)
-    plain_BV = masked(ref_BV, keep_BV)
-    ledger.write_esamp(t + 1, token_B, shallow_BD, deep_BD, predicted_BD, plain_BV, new_BV)
-    return token_B, ref_BV
+    new_BV = reweight(ref_BV, dist_BV, run.beta, keep_BV)
+    side.train(t, deep_BD, rows.live_B)                                 # side stream: φ_t → φ_{t+1}
+    token_B = rows.draw(new_BV)
+    run.ledger.write(token_B, rows.live_B, of_ref(run, ref_BV, token_B) | of_esamp(
+        run, rows.live_B, token_B, shallow_BD, deep_BD, predicted_BD, new_BV, masked(ref_BV, keep_BV)))
+    rows.advance(token_B)
 
 
-def vanilla_step(t, token_B, model, cache, rows):
+def vanilla_step(t, run):
     """The same without a Distiller."""
-    ref_BV = model.head(model.upper(model.lower(token_B, cache), cache))
-    return rows.draw(t + 1, masked(ref_BV, rows.keep(ref_BV))), ref_BV
+    model, rows = run.model, run.rows
+    ref_BV = model.head(model.upper(model.lower(rows.token_B, run.cache), run.cache))
+    token_B = rows.draw(masked(ref_BV, rows.keep(ref_BV)))
+    run.ledger.write(token_B, rows.live_B, of_ref(run, ref_BV, token_B))
+    rows.advance(token_B)
 
 
 def masked(logits_BV, keep_BV):
@@ -186,19 +211,18 @@ def prefill(model, prompts, samples, steps):
 
     Prompts are padded on the right; a real token sees only what is left of it, so padding changes nothing.
     """
-    device = model.head_weight.device
-    length_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    longest = max(len(prompt) for prompt in prompts)
-    padded = [list(prompt) + [0] * (longest - len(prompt)) for prompt in prompts]
-    cache = KVCache(model.config, len(prompts), longest, device, model.head_weight.dtype)
+    device, lengths = model.head_weight.device, [len(prompt) for prompt in prompts]
+    padded = [list(prompt) + [0] * (max(lengths) - len(prompt)) for prompt in prompts]
+    cache = KVCache(model.config, len(prompts), max(lengths), device, model.head_weight.dtype)
     deep_PLD = model.upper(model.lower(torch.tensor(padded, device=device), cache), cache)
-    last_PD = deep_PLD[torch.arange(len(prompts), device=device), length_P - 1]
+    last_P = torch.tensor(lengths, device=device) - 1
+    last_PD = deep_PLD[torch.arange(len(prompts), device=device), last_P]
     ref_BV = model.head(last_PD).repeat_interleave(samples, dim=0)
-    return cache.repeat(samples, length_P, longest + steps), ref_BV
+    return cache.repeat(samples, lengths, max(lengths) + steps), ref_BV
 
 
 class Rows:
-    """Who the B rows are: prompt and sample, which make their noise; their limits; who is still live."""
+    """Who the B rows are: prompt and sample, which make their noise; limits, last token; who is live."""
 
     def __init__(self, model, prompts, sampling, eos_ids, first_prompt):
         context, self.device = model.config.max_position_embeddings, model.head_weight.device
@@ -209,15 +233,25 @@ class Rows:
                 raise ValueError(f"prompt {i} has {len(prompt)} tokens; accepted: 1 to {context - 1}, one "
                                  "less than the context")
         limits = [min(sampling.max_new_tokens, context - len(prompt)) for prompt in prompts]
-        self.sampling, self.first_prompt, self.prompts = sampling, first_prompt, len(prompts)
+        self.sampling, self.first_prompt, self.prompts = sampling, first_prompt, list(range(len(prompts)))
         self.count, self.steps, self.eos_ids = len(prompts) * sampling.n, max(limits), frozenset(eos_ids)
-        self.limit_B = torch.tensor(limits, device=self.device).repeat_interleave(sampling.n)
+        self.row_B = torch.arange(self.count, device=self.device)       # its place in the whole run
+        self.last_TB = None                     # is a token the last its row may have? None: the run's is
+        if min(limits) < self.steps:
+            limit_B = torch.tensor(limits, device=self.device).repeat_interleave(sampling.n)
+            self.last_TB = torch.arange(1, self.steps + 1, device=self.device)[:, None] >= limit_B
         self.live_B = torch.ones(self.count, dtype=torch.bool, device=self.device)
-        self.eos_1E = torch.tensor([sorted(self.eos_ids)], dtype=torch.int64, device=self.device)
+        self.token_B = torch.zeros(self.count, dtype=torch.int64, device=self.device)
+        self.step_1 = torch.zeros(1, dtype=torch.int64, device=self.device)     # the token to be drawn next
+        ends = [i for i in self.eos_ids if 0 <= i < model.config.vocab_size]
+        self.goes_on_V = torch.ones(model.config.vocab_size, dtype=torch.bool, device=self.device)
+        self.goes_on_V[torch.tensor(ends, dtype=torch.int64, device=self.device)] = False
         on_cpu = self.device.type == "mps"      # which has no fp64
         self.draws_on = torch.device("cpu") if on_cpu else self.device
-        row_B = torch.arange(self.count, device=self.draws_on)
-        self.prompt_B, self.sample_B = first_prompt + row_B // sampling.n, row_B % sampling.n
+        row_B = self.row_B.to(self.draws_on)
+        step_T1 = torch.arange(self.steps, device=self.draws_on)[:, None]
+        prompt_B, sample_B = first_prompt + row_B // sampling.n, row_B % sampling.n
+        self.uniform_TB = uniform(sampling.seed, prompt_B, sample_B, step_T1)
 
     def keep(self, ref_BV):
         """The candidates, by the run's filters."""
@@ -225,16 +259,191 @@ class Rows:
         keep_BV = keep_mask(ref_BV.to(self.draws_on), s.temperature, s.top_k, s.top_p, s.min_p)
         return keep_BV.to(self.device)
 
-    def draw(self, step, logits_BV):
-        """Token `step` of every row: inverse CDF of softmax(logits/T) at u(seed, prompt, sample, step)."""
-        uniform_B = uniform(self.sampling.seed, self.prompt_B, self.sample_B, step)
+    def draw(self, logits_BV):
+        """The next token of every row: inverse CDF of softmax(logits/T) at u(seed, prompt, sample, step)."""
+        uniform_B = self.uniform_TB.index_select(0, self.step_1.to(self.draws_on))[0]
         token_B = draw(logits_BV.to(self.draws_on), uniform_B, self.sampling.temperature)
         return token_B.to(self.device)
 
-    def advance(self, step, token_B):
-        """Who goes on after token `step`."""
-        ended_B = (token_B[:, None] == self.eos_1E).any(-1) | (self.limit_B <= step + 1)
-        self.live_B = self.live_B & ~ended_B
+    def advance(self, token_B, counts=None):
+        """Every row has drawn: who goes on? In place; no change where `counts`, on the device, is False."""
+        goes_on_B = self.goes_on_V[token_B]
+        if self.last_TB is not None:
+            goes_on_B &= ~self.last_TB.index_select(0, self.step_1)[0]
+        if counts is None:
+            self.token_B.copy_(token_B)
+            self.live_B &= goes_on_B
+            self.step_1 += 1
+        else:
+            self.token_B.copy_(torch.where(counts, token_B, self.token_B))
+            self.live_B &= goes_on_B | ~counts
+            self.step_1 += counts
+
+    def take(self, prompts, row_B):
+        """Some of the rows: those at row_B, of the prompts at these places."""
+        fewer = copy.copy(self)
+        fewer.prompts, fewer.count = [self.prompts[p] for p in prompts], len(row_B)
+        for name in ("row_B", "live_B", "token_B"):
+            setattr(fewer, name, getattr(self, name)[row_B])
+        fewer.last_TB = None if self.last_TB is None else self.last_TB[:, row_B]
+        fewer.uniform_TB = self.uniform_TB[:, row_B.to(self.draws_on)]
+        return fewer
+
+
+# ------------------------------------------------------------------------------
+# the fast form of the same step
+# ------------------------------------------------------------------------------
+
+def look_every(device):
+    """Steps between two looks of the host at the device: a CPU's memory is the host's own."""
+    return 1 if device.type == "cpu" else LOOK_EVERY
+
+
+def fast_step(t, run):
+    """`esamp_step` and `vanilla_step` in parts, each of which a CUDA graph can replay.
+
+    With filters, ĥ meets only the rows of W that belong to candidates. Without, one product makes the new
+    logits from mixed hidden states (eq. 8). If more tokens pass the filters than were looked at, the step is
+    void: nothing of it is kept, and `Run.look` has it repeated with more.
+    """
+    run.begin(t)
+    shallow_BD = run.part("lower", lambda: run.model.lower(run.rows.token_B, run.cache))
+    if run.side:
+        run.side.predict(t, shallow_BD)
+
+    def upper():
+        deep_BD = run.model.upper(shallow_BD, run.cache)
+        return deep_BD, choose(run, deep_BD)
+    deep_BD, choice = run.part("upper", upper)
+    predicted_BD = run.side.prediction() if run.side else None
+    live_B = run.part("finish", lambda: finish(run, shallow_BD, deep_BD, predicted_BD, *choice))
+    if run.side:
+        run.side.train(t, deep_BD, live_B)
+
+
+def choose(run, deep_BD):
+    """(ref, ids of the candidates, their logits, does the step count): None where there is nothing to say."""
+    s, rows = run.rows.sampling, run.rows
+    if not s.filters:
+        ref_BV = run.model.head(deep_BD) if run.ledger.record or not run.side else None
+        return ref_BV, None, ref_BV, None
+    ref_BV = run.model.head(deep_BD)
+    for width in run.widths:
+        id_BC, keep_BC, whole_B = candidates(ref_BV, width, s.temperature, s.top_k, s.top_p, s.min_p)
+        counts, free = (whole_B | ~rows.live_B).all(), look_every(rows.device) == 1
+        if not free or counts:                  # a CPU need not wait for the next look
+            return ref_BV, id_BC, masked(ref_BV.gather(-1, id_BC), keep_BC), None if free else counts
+    return ref_BV, None, masked(ref_BV, rows.keep(ref_BV)), None
+
+
+def finish(run, shallow_BD, deep_BD, predicted_BD, ref_BV, id_BC, plain_BC, counts):
+    """Reweights, draws, records, advances; returns whose pairs of this step may train."""
+    model, rows, new_BC = run.model, run.rows, plain_BC
+    if run.side and not rows.sampling.filters:
+        new_BC = model.head(mix_hidden(deep_BD, predicted_BD, run.beta))
+    elif run.side:
+        dist_BC = model.head(predicted_BD) if id_BC is None else model.head_at(predicted_BD, id_BC)
+        new_BC = reweight(plain_BC, dist_BC, run.beta, ~plain_BC.isneginf())
+    drawn_B = rows.draw(new_BC)
+    token_B = drawn_B if id_BC is None else id_BC.gather(-1, drawn_B[:, None])[:, 0]
+    live_B = rows.live_B.clone() if counts is None else rows.live_B & counts
+    figures = of_ref(run, ref_BV, token_B)
+    if run.side:
+        figures |= of_esamp(run, live_B, drawn_B, shallow_BD, deep_BD, predicted_BD, new_BC, plain_BC)
+    run.ledger.write(token_B, live_B, figures)
+    rows.advance(token_B, counts)
+    if counts is not None:
+        run.cache.next_1 -= (~counts).long()
+    return live_B
+
+
+@dataclass
+class Run:
+    """What a step works on: who the rows are, their cache, their record, and the Distiller, if any."""
+
+    model: torch.nn.Module
+    rows: Rows
+    ledger: "Ledger"
+    cache: KVCache
+    side: AsyncDistiller | None
+    beta: float
+    plain: bool
+    widths: tuple = WIDTHS                      # candidates looked at, if the filters let no more pass
+
+    def __post_init__(self):
+        self.graphs, self.prompt_slots, self.key = Graphs(self.rows.device), self.cache.filled, None
+
+    def begin(self, t):
+        """What the host has to know before step t: all that a part depends on beside tensors that stay."""
+        self.cache.filled, self.cache.places = self.prompt_slots + t, {}
+        self.key = (self.cache.reach, self.widths)
+
+    def part(self, name, function):
+        """A part of the fast step; a replayed one does not run its Python."""
+        return self.graphs.run(name, function, self.key)
+
+    def look(self, t):
+        """The host's look at the device, t tokens after the first: (t, samples of prompts newly ended).
+
+        A void step has stopped the device: then t is that step again, with more candidates from now on.
+        """
+        reached, finished = t if look_every(self.rows.device) == 1 else int(self.rows.step_1) - 1, []
+        if reached < t:
+            self.widths = self.widths[1:]
+        last = reached == self.rows.steps - 1
+        if last:
+            self.rows.live_B.fill_(False)
+        live_P = self.rows.live_B.view(len(self.rows.prompts), -1).sum(-1).tolist()
+        if t % LOOK_EVERY == 0 or 0 in live_P or last:
+            finished = self.ledger.look(reached + 1, live_P)
+        if 0 < 2 * max(live_P) * sum(live > 0 for live in live_P) <= self.rows.count and not self.plain:
+            self.begin(reached)
+            self.shrink(reached, max(live_P))
+        return reached, finished
+
+    def shrink(self, t, most):
+        """Goes on without finished rows, now that half of the batch is enough; `most` rows of each prompt."""
+        K = self.rows.count // len(self.rows.prompts)
+        live_PK = self.rows.live_B.view(-1, K).tolist()
+        places, rows = [p for p, live in enumerate(live_PK) if any(live)], []
+        for p in places:                        # the live ones, and finished ones where a prompt has fewer
+            first = sorted(range(K), key=lambda k: not live_PK[p][k])[:most]
+            rows += [p * K + k for k in sorted(first)]
+        place_P, row_B = (torch.tensor(x, device=self.rows.device) for x in (places, rows))
+        self.rows, self.cache = self.rows.take(places, row_B), self.cache.take(row_B)
+        if self.side:
+            place_P = place_P if self.side.shape_PKD[0] > 1 else torch.zeros_like(place_P[:1])
+            self.side = self.side.fewer(t, place_P, row_B)
+        self.ledger.take(self.rows, place_P)
+        self.graphs = Graphs(self.rows.device)
+
+
+def of_ref(run, ref_BV, token_B):
+    """What the record says about a token under the LLM itself."""
+    if ref_BV is None:
+        return {}
+    figures = {"spread": spread(ref_BV)}
+    if run.ledger.record:
+        figures["logprob"] = ref_BV.log_softmax(-1).gather(-1, token_B[:, None])[:, 0]
+    return figures
+
+
+def of_esamp(run, live_B, token_B, shallow_BD, deep_BD, predicted_BD, new_BV, plain_BV):
+    """What ESamp did to a token, against vanilla at the same T, filters, u; V may be candidates only."""
+    novelty_B = novelty(deep_BD, predicted_BD)
+    fine_BV = new_BV if plain_BV is None else torch.where(plain_BV.isneginf(), 0, new_BV)
+    figures = {"novelty": novelty_B, "new_spread": spread(fine_BV)}
+    if run.ledger.record:
+        figures["moved"] = (run.rows.draw(plain_BV) != token_B).float()
+        figures["kl"], figures["variation"] = divergence(new_BV, plain_BV, run.rows.sampling.temperature)
+        figures["to_shallow"] = novelty(deep_BD, shallow_BD).square()
+        figures["to_mean"] = run.ledger.to_mean(deep_BD, live_B)
+    return figures
+
+
+def spread(logits_BV):
+    """Largest minus smallest logit (B,): finite if and only if all of a row is, or nearly at fp32's end."""
+    return logits_BV.amax(-1) - logits_BV.amin(-1)
 
 
 # ------------------------------------------------------------------------------
@@ -259,11 +468,14 @@ class Errors:
 
 @dataclass
 class Stats:
-    """Sums over a run's rows; those of several runs add up (`+`), `summary` makes the ratios."""
+    """Sums over a run's rows; those of several runs add up (`+`), `summary` makes the ratios.
+
+    NaN where a run kept no record.
+    """
 
     tokens: int = 0                             # generated, EOS included
     reweighted: int = 0                         # of them drawn from π_new: all but each sample's first
-    moved: int = 0                              # of these, other than vanilla's draw with the same u
+    moved: float = 0                            # of these, other than vanilla's draw with the same u
     updates: int = 0                            # steps that the Distillers' Adam took, all together
     samples: int = 0
     distinct: int = 0                           # different token_ids within each prompt, summed
@@ -279,7 +491,8 @@ class Stats:
             return total / count if count and math.isfinite(total) else None
         return {
             "tokens": self.tokens, "samples": self.samples, "distinct_samples": self.distinct,
-            "updates": self.updates, "reweighted_tokens": self.reweighted, "moved_tokens": self.moved,
+            "updates": self.updates, "reweighted_tokens": self.reweighted,
+            "moved_tokens": int(self.moved) if math.isfinite(self.moved) else None,
             "moved_share": per(self.moved, self.reweighted), "kl_nats": per(self.kl, self.reweighted),
             "total_variation": per(self.variation, self.reweighted),
             "loss_first_step": per(self.first.distiller, self.first.rows),
@@ -292,67 +505,71 @@ class Stats:
 class Ledger:
     """All that a run records, a value per row and token in device memory; the host reads when it looks."""
 
-    COLUMNS = {"token": torch.int64, "live": torch.bool, "moved": torch.bool}
-    COLUMNS |= dict.fromkeys(("bad_logits", "bad_prediction"), torch.bool)  # not finite
-    COLUMNS |= dict.fromkeys(("logprob", "novelty", "kl", "variation"), torch.float32)
-    COLUMNS |= dict.fromkeys(("to_shallow", "to_mean"), torch.float32)      # errors of the trivial predictors
+    ALWAYS = ("live", "spread", "new_spread", "novelty")                        # of ref, of new: finite?
+    RECORD = ("logprob", "moved", "kl", "variation", "to_shallow", "to_mean")   # to_…: without learning
 
-    def __init__(self, rows):
-        self.rows, self.samples, self.ended, self.looked, self.shape_PKD = rows, [], set(), 0, None
-        self.columns = {name: torch.zeros(rows.steps, rows.count, dtype=dtype, device=rows.device)
-                        for name, dtype in self.COLUMNS.items()}
+    def __init__(self, rows, record):
+        self.rows, self.record, self.samples, self.ended, self.looked = rows, record, [], set(), 0
+        self.shape_TB, self.shape_PKD = (rows.steps, rows.count), None
+        self.names = self.ALWAYS + (self.RECORD if record else ())
+        self.token_X = torch.zeros(rows.steps * rows.count, dtype=torch.int64, device=rows.device)
+        self.value_XC = torch.zeros(len(self.token_X), len(self.names), device=rows.device)
+        self.none_B = torch.zeros(rows.count, device=rows.device)
+
+    def column(self, name):
+        """One kind of figure: (T, B)."""
+        if name == "token":
+            return self.token_X.view(self.shape_TB)
+        return self.value_XC[:, self.names.index(name)].view(self.shape_TB)
 
     def watch(self, count, width_D):
-        """Gets ready for `write_esamp`: a running mean of h^L per Distiller, the simplest predictor."""
+        """Gets ready for ESamp's figures: a running mean of h^L per Distiller, the simplest predictor."""
         self.shape_PKD = (count, self.rows.count // count, width_D)
         self.sum_P1D = torch.zeros(count, 1, width_D, device=self.rows.device)
         self.seen_P11 = torch.zeros(count, 1, 1, device=self.rows.device)
 
-    def settle(self, step, token_B, ref_BV, on_step):
-        """Records token `step`, decides who goes on, looks if a look is due: True when all have ended."""
-        column = self.columns
-        column["token"][step], column["live"][step] = token_B, self.rows.live_B
-        column["bad_logits"][step] = ~ref_BV.isfinite().all(-1)
-        column["logprob"][step] = ref_BV.log_softmax(-1).gather(-1, token_B[:, None])[:, 0]
-        self.rows.advance(step, token_B)
-        due = step % LOOK_EVERY == 0 or step == self.rows.steps - 1
-        finished = self.look(step) if due else []
-        if on_step:
-            on_step(step, finished)
-        return len(self.ended) == self.rows.prompts
+    def take(self, rows, place_P):
+        """Goes on with fewer rows, of the Distillers at place_P; what is written stays."""
+        self.rows = rows
+        if self.shape_PKD:
+            self.sum_P1D, self.seen_P11 = self.sum_P1D[place_P], self.seen_P11[place_P]
+            self.shape_PKD = (len(place_P), rows.count // len(place_P), self.shape_PKD[2])
 
-    def write_esamp(self, step, token_B, shallow_BD, deep_BD, predicted_BD, plain_BV, new_BV):
-        """Records what ESamp did to that token, against vanilla at the same temperature, filters and u."""
-        column, temperature = self.columns, self.rows.sampling.temperature
-        column["novelty"][step] = novelty(deep_BD, predicted_BD)
-        loss_B, new_is_fine_BV = column["novelty"][step].square(), new_BV.isfinite() | plain_BV.isneginf()
-        column["bad_prediction"][step] = ~(loss_B.isfinite() & new_is_fine_BV.all(-1))
-        column["moved"][step] = self.rows.draw(step, plain_BV) != token_B
-        column["kl"][step], column["variation"][step] = divergence(new_BV, plain_BV, temperature)
-        column["to_shallow"][step] = novelty(deep_BD, shallow_BD).square()
-        deep_PKD = deep_BD.float().view(self.shape_PKD)
-        mean_P1D = self.sum_P1D / self.seen_P11.clamp(min=1)
-        column["to_mean"][step] = (deep_PKD - mean_P1D).square().sum(-1).flatten()
-        live_PK1 = self.rows.live_B.view(*self.shape_PKD[:2], 1)
+    def to_mean(self, deep_BD, live_B):
+        """‖h^L − the mean of all h^L of earlier steps‖² (B,); then these count, too."""
+        deep_PKD, live_PK1 = deep_BD.float().view(self.shape_PKD), live_B.view(*self.shape_PKD[:2], 1)
+        error_B = (deep_PKD - self.sum_P1D / self.seen_P11.clamp(min=1)).square().sum(-1).flatten()
         self.sum_P1D += torch.where(live_PK1, deep_PKD, 0).sum(1, keepdim=True)
         self.seen_P11 += live_PK1.sum(1, keepdim=True)
+        return error_B
 
-    def look(self, step):
-        """The samples of prompts newly found ended; FloatingPointError for the first number not finite."""
-        window, n = slice(self.looked, step + 1), self.rows.sampling.n
-        names = ("live", "bad_logits", "bad_prediction")
-        live_TB, logits_TB, prediction_TB = (self.columns[name][window] for name in names)
-        bad = (live_TB & (logits_TB | prediction_TB)).nonzero().tolist()
+    def write(self, token_B, live_B, figures):
+        """Records the token that every row drew at this step, and its figures by name; 0 where absent."""
+        at_B, none_B = self.rows.step_1 * self.shape_TB[1] + self.rows.row_B, self.none_B[:len(token_B)]
+        figures = figures | {"live": live_B.float()}
+        row_BC = torch.stack([figures.get(name, none_B) for name in self.names], dim=-1)
+        self.token_X.index_copy_(0, at_B, token_B)
+        self.value_XC.index_copy_(0, at_B, row_BC)
+
+    def look(self, end, live_P):
+        """Looks at all tokens before `end`: the samples of prompts that are newly without a live row.
+
+        FloatingPointError for the first number that is not finite.
+        """
+        window, n = slice(self.looked, end), self.rows.sampling.n
+        live_TB, *spreads, novelty_TB = (self.column(name)[window] for name in self.ALWAYS)
+        logits_TB, prediction_TB = (~x.isfinite() for x in (spreads[0], spreads[1] + novelty_TB.square()))
+        bad = ((live_TB > 0) & (logits_TB | prediction_TB)).nonzero().tolist()
         if bad:
             what = "logits" if logits_TB[tuple(bad[0])] else "Distiller's loss or reweighted logits"
             prompt, sample = divmod(bad[0][1], n)
             raise FloatingPointError(f"{what} not finite at step {self.looked + bad[0][0]}, prompt "
                                      f"{self.rows.first_prompt + prompt}, sample {sample}")
-        self.looked, finished = step + 1, []
-        for prompt, live in enumerate(self.rows.live_B.view(-1, n).any(-1).tolist()):
+        self.looked, finished = end, []
+        for prompt, live in zip(self.rows.prompts, live_P, strict=True):
             if not live and prompt not in self.ended:
                 self.ended.add(prompt)
-                finished += self._samples(prompt, step + 1)
+                finished += self._samples(prompt, end)
         self.samples += finished
         return finished
 
@@ -360,11 +577,12 @@ class Ledger:
         """The finished rows of one prompt."""
         n, found = self.rows.sampling.n, []
         mine = slice(prompt * n, (prompt + 1) * n)
-        names = ("live", "token", "logprob", "novelty")
-        by_row = zip(*(self.columns[name][:steps, mine].T.tolist() for name in names), strict=True)
+        names = ("live", "token", "novelty") + (("logprob",) if self.record else ())
+        by_row = zip(*(self.column(name)[:steps, mine].T.tolist() for name in names), strict=True)
         for k, columns in enumerate(by_row):
-            length = sum(columns[0])
-            token, logprob, new = (column[:length] for column in columns[1:])
+            length = int(sum(columns[0]))
+            token, new, *rest = (column[:length] for column in columns[1:])
+            logprob = rest[0] if self.record else [None] * length
             reason = "stop" if token[-1] in self.rows.eos_ids else "length"
             new = [None] + new[1:] if self.shape_PKD else [None] * length
             found.append(Sample(self.rows.first_prompt + prompt, k, token, reason, logprob, new))
@@ -372,19 +590,20 @@ class Ledger:
 
     def stats(self, updates):
         """The run's `Stats`, once every sample has ended."""
-        tokens = int(self.columns["live"].sum())
+        tokens = int(self.column("live").sum(dtype=torch.float64))
         stats = Stats(tokens=tokens, updates=updates, samples=len(self.samples))
         stats.distinct = len({(s.prompt, *s.token_ids) for s in self.samples})
         if not self.shape_PKD:
             return stats
-        column = {name: values.cpu() for name, values in self.columns.items()}
-        live_TB = column["live"]
+        column = {name: self.column(name).cpu() for name in self.names}
+        live_TB = column["live"] > 0
         live_TB[0] = False                      # token 0 is not ESamp's
-        stats.reweighted, stats.moved = int(live_TB.sum()), int((live_TB & column["moved"]).sum())
-        stats.kl, stats.variation = (float(column[c][live_TB].sum()) for c in ("kl", "variation"))
-        errors = [column["novelty"] ** 2, column["to_shallow"], column["to_mean"]]
-        errors_4TB = torch.where(live_TB, torch.stack([live_TB, *errors]), 0)
-        for error_4TK in errors_4TB.chunk(self.rows.prompts, dim=-1):
+        stats.reweighted = int(live_TB.sum())
+        nothing = torch.full(self.shape_TB, torch.nan)
+        moved, kl, variation, *errors = (column.get(name, nothing) for name in self.RECORD[1:])
+        stats.moved, stats.kl, stats.variation = (float(x[live_TB].sum()) for x in (moved, kl, variation))
+        errors_4TB = torch.where(live_TB, torch.stack([live_TB, column["novelty"] ** 2, *errors]), 0)
+        for error_4TK in errors_4TB.chunk(self.shape_TB[1] // self.rows.sampling.n, dim=-1):
             end = int(error_4TK[0].any(-1).sum()) + 1           # steps with a live row, and step 0
             first, last = error_4TK[:, 1:2], error_4TK[:, max(1, end - 10):end]
             stats += Stats(first=Errors(*first.sum((1, 2)).tolist()), last=Errors(*last.sum((1, 2)).tolist()))
@@ -665,7 +884,7 @@ def memory(model, dtype, lengths, sampling, esamp, batch):
     parts = {"weights": parameters * size, "kv cache": 2 * kv * rows * slots * size,
              "logits": 8 * 4 * rows * config.vocab_size}        # ref, dist, new and a CDF in fp64, about
     if esamp:
-        pairs = 2 * (2 + min(esamp.train_every, steps)) * rows * D * 4      # two slots and the window, twice
+        pairs = 2 * (2 + min(esamp.train_every, steps)) * rows * D * 4      # four buffers, two windows
         parts["Distiller"] = (prompts if esamp.scope == "prompt" else 1) * esamp.bytes(D) + pairs
     return parts
 
@@ -699,6 +918,8 @@ def report(stats, seconds_s, esamp, name):
             f"  reweighting  moved {s['moved_tokens']} of {s['reweighted_tokens']} tokens "
             f"({100 * stats.moved / max(stats.reweighted, 1):.1f} %); KL(new ‖ ref) {s['kl_nats']} nats, "
             f"total variation {s['total_variation']}"]
+    if esamp and stats.summary()["moved_tokens"] is None:
+        lines[-2:] = [f"  reweighting  {s['reweighted_tokens']} tokens; how far was not recorded"]
     return lines
 
 
@@ -840,6 +1061,8 @@ def build_parser():
     add("--device", help="cpu, cuda, cuda:N or mps (untested) (default: cuda if there is one, else cpu)")
     add("--dtype", choices=tuple(DTYPES),
         help="the model's numbers (default: the checkpoint's on a GPU, float32 on a CPU)")
+    add("--no-record", dest="record", action="store_false",
+        help="no log-probabilities, no figures on how far ESamp moved them; faster, the same tokens")
     add("--raw", action="store_true", help="do not apply the model's chat template")
     add("--system", metavar="TEXT", help="a system message in front of every prompt that has none")
     add("--out", metavar="FILE", help="write one JSON line per sample and a last one with the summary; "
@@ -909,7 +1132,7 @@ def decode_all(model, text, prompts, encoded, sampling, esamp, args, out):
                 emit(prompts[i], [s for s in finished if s.prompt == i], text, sampling, args, out, bar)
         for start in range(0, len(encoded), batch):
             result = generate(model, encoded[start:start + batch], sampling, esamp, eos_ids=text.eos_ids,
-                              on_step=on_step, first_prompt=start)
+                              on_step=on_step, first_prompt=start, record=args.record)
             stats += result.stats
             bar.n = (start // batch + 1) * steps
     return stats, time.monotonic() - began

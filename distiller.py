@@ -85,18 +85,36 @@ class Distiller(nn.Module):
         for _ in range(BLOCKS):
             self.gate_up.append(weight(2 * R, width_D))          # (P, 2R, D): gate above up
             self.down.append(weight(width_D, R, config.zero_init))
-        self.lr = config.lr
+        self.config, self.width_D = config, width_D
         self.first = [torch.zeros_like(p) for p in self.parameters()]
         self.second = [torch.zeros_like(p) for p in self.parameters()]
         self.step_P = torch.zeros(prompts, dtype=torch.int64, device=device)
 
+    def state(self):
+        """All that an update may write, each with the Distillers on its first axis."""
+        return [*self.parameters(), *self.first, *self.second, self.step_P]
+
+    @torch.no_grad()
+    def take(self, index_P):
+        """A copy of some of the Distillers; `put` returns them."""
+        some = Distiller(self.config, len(index_P), self.width_D, self.step_P.device, self.down[0].dtype)
+        for mine, theirs in zip(self.state(), some.state(), strict=True):
+            theirs.copy_(mine[index_P])
+        return some
+
+    @torch.no_grad()
+    def put(self, index_P, some):
+        """Overwrites the Distillers at `index_P`."""
+        for mine, theirs in zip(self.state(), some.state(), strict=True):
+            mine[index_P] = theirs
+
     def predict(self, shallow_PKD):
         """ĥ = f_φ(h¹): two blocks of x + down(silu(gate x) ⊙ up x), each Distiller on its rows (eq. 3)."""
-        x_PKD = shallow_PKD
+        x_PDK = shallow_PKD.mT                          # rows as columns: gradients get the weights' layout
         for gate_up, down in zip(self.gate_up, self.down, strict=True):
-            gate_PKR, up_PKR = (x_PKD @ gate_up.mT).chunk(2, dim=-1)
-            x_PKD = x_PKD + (F.silu(gate_PKR) * up_PKR) @ down.mT
-        return x_PKD
+            gate_PRK, up_PRK = (gate_up @ x_PDK).chunk(2, dim=1)
+            x_PDK = x_PDK + down @ (F.silu(gate_PRK) * up_PRK)
+        return x_PDK.mT
 
     def train(self, shallow_PKD, deep_PKD, live_PK):
         """One Adam step of every Distiller on its live pairs (eq. 10); returns the loss before it (P,).
@@ -113,18 +131,19 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def _adam(self, gradients, active_P):
-        """φ ← φ − lr·m̂/(√v̂ + ε) after clipping each Distiller's gradient to norm 0.5; idle ones weigh 0."""
-        norm_P = torch.stack([g.square().sum((1, 2)) for g in gradients]).sum(0).sqrt()
-        scale_P11 = (CLIP_NORM / (norm_P + 1e-6)).clamp(max=1)[:, None, None]
+        """φ ← φ − lr·m̂/(√v̂ + ε) after clipping each Distiller's gradient to norm 0.5; idle ones wait.
+
+        torch's fused Adam, which reads and writes every number once: a call per Distiller, since each has
+        its own step count, its own clip (the kernel divides the gradient by `grad_scale`) and its own leave
+        to step (it does nothing where `found_inf` is 1, a flag on the device that no host has to read).
+        """
+        norm_P = torch.stack([torch.linalg.vector_norm(g, dim=(1, 2)) for g in gradients]).norm(dim=0)
+        divisor_P = ((norm_P + 1e-6) / CLIP_NORM).clamp(min=1).float()
         self.step_P += active_P
-        active_P11 = active_P.to(norm_P.dtype)[:, None, None]
-        seen_P11 = self.step_P.clamp(min=1).to(norm_P.dtype)[:, None, None]
-        correct1_P11 = -torch.expm1(seen_P11 * math.log(BETA1))          # 1 − β₁^step
-        correct2_P11 = -torch.expm1(seen_P11 * math.log(BETA2))
-        state = zip(self.parameters(), gradients, self.first, self.second, strict=True)
-        for weight, gradient, first, second in state:
-            gradient = gradient * scale_P11
-            first.lerp_(gradient, (1 - BETA1) * active_P11)
-            second.lerp_(gradient.square(), (1 - BETA2) * active_P11)
-            update = (first / correct1_P11) / ((second / correct2_P11).sqrt() + EPS)
-            weight.sub_(self.lr * active_P11 * update)
+        seen_P, idle_P = self.step_P.float(), 1.0 - active_P.float()
+        tensors = (self.parameters(), gradients, self.first, self.second)
+        by_distiller = [list(zip(*(t.detach().unbind(0) for t in kind), strict=True)) for kind in tensors]
+        for p, (weights, slopes, firsts, seconds) in enumerate(zip(*by_distiller, strict=True)):
+            torch._fused_adam_(weights, slopes, firsts, seconds, [], [seen_P[p]] * len(weights),
+                               lr=self.config.lr, beta1=BETA1, beta2=BETA2, weight_decay=0.0, eps=EPS,
+                               amsgrad=False, maximize=False, grad_scale=divisor_P[p], found_inf=idle_P[p])

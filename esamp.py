@@ -18,7 +18,7 @@ own head, says which tokens make it so:
     eq.  8      new = W((1+β)·h^L − β·ĥ): one product where nothing is filtered  `mix_hidden`
     eq.  9      ‖e‖, the novelty of a context                                    `novelty`
     eq. 10      the Distiller's loss                                             `distiller.loss`
-    Algorithm 1 candidates from ref, before fusion                               `keep_mask`
+    Algorithm 1 candidates from ref, before fusion                               `keep_mask`, `candidates`
                 z ~ softmax(new / T), its noise an argument                      `draw`, `uniform`
 
 Shapes: B rows, V vocabulary, D width. Any float dtype; half precision is raised to fp32 where it enters,
@@ -47,14 +47,17 @@ import torch
 # who may be drawn, and with what logits
 # ------------------------------------------------------------------------------
 
-def keep_mask(ref_BV, temperature=1.0, top_k=None, top_p=None, min_p=None):
+def keep_mask(ref_BV, temperature=1.0, top_k=None, top_p=None, min_p=None, outside_B1=0.0):
     """The candidates: top-k, then top-p, then min-p of softmax(ref/T), each over the last one's survivors.
 
     Bool (B, V); None switches a filter off. Equal logits keep the lower token id, the largest logit always
     survives, T = 0 filters at T = 1. The paper filters ref before fusion and never after it (Algorithm 1).
+    outside_B1: weight that top-p counts although its tokens are not shown, Σ exp((ref − largest)/T), fp64.
     """
     if top_k is None and top_p is None and min_p is None:
         return torch.ones_like(ref_BV, dtype=torch.bool)
+    if top_k is None and top_p is None:                  # the order does not matter
+        return over(ref_BV, temperature or 1.0).exp() >= min_p
     sorted_BV, order_BV = at_least_fp32(ref_BV).sort(dim=-1, descending=True, stable=True)
     weight_BV = over(sorted_BV, temperature or 1.0).exp()                           # the largest weighs 1
     keep_BV = torch.ones_like(weight_BV, dtype=torch.bool)
@@ -63,10 +66,33 @@ def keep_mask(ref_BV, temperature=1.0, top_k=None, top_p=None, min_p=None):
     if top_p is not None and top_p < 1:
         left_BV = weight_BV * keep_BV
         before_BV = left_BV.cumsum(-1, dtype=torch.float64) - left_BV
-        keep_BV &= before_BV < top_p * left_BV.sum(-1, keepdim=True, dtype=torch.float64)
+        total_B1 = left_BV.sum(-1, keepdim=True, dtype=torch.float64) + outside_B1
+        keep_BV &= before_BV < top_p * total_B1
     if min_p is not None:
         keep_BV &= weight_BV >= min_p
     return torch.zeros_like(keep_BV).scatter(-1, order_BV, keep_BV)
+
+
+def candidates(ref_BV, width, temperature=1.0, top_k=None, top_p=None, min_p=None):
+    """`keep_mask` looked for among the `width` largest logits only → (ids, keep, whole).
+
+    ids (B, C) ascend in each row, C = min(width, V); keep (B, C) is `keep_mask` there; whole (B,) says that
+    nothing was missed: all that is kept lies above all that was left out. Where it is False, look wider.
+    """
+    width = min(width, ref_BV.shape[-1])
+    id_BC = ref_BV.topk(width, dim=-1, sorted=False).indices.sort(dim=-1).values
+    ref_BC, outside_B1 = ref_BV.gather(-1, id_BC), 0.0
+    if top_p is not None and top_k is None:              # a top-k would cut it off before top-p counts
+        total_B1, inside_B1 = (over(x, temperature or 1.0).exp().sum(-1, keepdim=True, dtype=torch.float64)
+                               for x in (ref_BV, ref_BC))
+        outside_B1 = total_B1 - inside_B1
+    keep_BC = keep_mask(ref_BC, temperature, top_k, top_p, min_p, outside_B1)
+    if width == ref_BV.shape[-1]:
+        return id_BC, keep_BC, torch.ones_like(keep_BC[:, 0])
+    lowest_B1 = ref_BC.amin(-1, keepdim=True)            # what is left out is no larger
+    if top_p is not None and top_k is not None and top_k > width:
+        lowest_B1 = torch.full_like(lowest_B1, torch.inf)                # top-p would count what is not here
+    return id_BC, keep_BC, ~(keep_BC & (ref_BC <= lowest_B1)).any(-1)
 
 
 def reweight(ref_BV, dist_BV, beta, keep_BV=None):
@@ -107,7 +133,8 @@ def over(logits_BV, temperature):
     """(logits − the row's largest)/T: the same softmax, and no NaN however small or large T > 0 is."""
     logits_BV = at_least_fp32(logits_BV)
     span = torch.finfo(logits_BV.dtype)
-    return (logits_BV - logits_BV.amax(-1, keepdim=True)) / min(max(temperature, span.tiny), span.max)
+    gap_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
+    return gap_BV if temperature == 1 else gap_BV / min(max(temperature, span.tiny), span.max)
 
 
 def at_least_fp32(x):
@@ -127,7 +154,7 @@ def draw(logits_BV, uniform_B, temperature):
     """
     if temperature == 0:
         return logits_BV.argmax(-1)
-    cdf_BV = over(logits_BV.double(), temperature).exp().cumsum(-1)
+    cdf_BV = over(logits_BV.double(), temperature).exp_().cumsum(-1)
     token_B1 = torch.searchsorted(cdf_BV, uniform_B[:, None] * cdf_BV[:, -1:], right=True)
     return token_B1[:, 0].clamp(max=logits_BV.shape[1] - 1)
 

@@ -214,13 +214,82 @@ def rotate(x_BHLE, cos_BLE, sin_BLE):
 
         half-split (here)    x = [a₀ a₁ a₂ … | b₀ b₁ b₂ …]     pair i = (x[i], x[i + E/2])
         interleaved (Meta)   x = [a₀ b₀ a₁ b₁ a₂ b₂ …]         pair i = (x[2i], x[2i + 1])
+
+    sin_BLE is negative in its first half: [a | b]·cos + [b | a]·sin = [a cos − b sin | b cos + a sin].
     """
     a, b = x_BHLE.chunk(2, dim=-1)
-    return x_BHLE * cos_BLE[:, None] + torch.cat((-b, a), dim=-1) * sin_BLE[:, None]
+    return torch.addcmul(x_BHLE * cos_BLE[:, None], torch.cat((b, a), dim=-1), sin_BLE[:, None])
 
 
+def rotation(position_L, frequency, dtype):
+    """cos and sin at positions, (L, E) each, as `rotate` takes them."""
+    angle_Le = position_L[:, None] * frequency
+    cos, sin = angle_Le.cos(), angle_Le.sin()
+    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+
+
+def product(x_D, weight_VD, bias_V=None):
+    """x Wᵀ + b: (…, D) → (…, V), the one product that all weights go through.
+
+    A bf16 product on a CPU rearranges its right operand first. With a few rows that costs more than the rest,
+    so it is written as (W xᵀ)ᵀ, where the right operand is x; the output's last axis is then strided.
+    """
+    rows = x_D.numel() // x_D.shape[-1] if x_D.is_cpu and x_D.dtype == torch.bfloat16 else 0
+    if not 8 < rows <= 256:
+        return F.linear(x_D, weight_VD, bias_V)
+    x_DB = x_D.reshape(rows, -1).T
+    y_VB = weight_VD @ x_DB if bias_V is None else torch.addmm(bias_V[:, None], weight_VD, x_DB)
+    return y_VB.T.unflatten(0, x_D.shape[:-1])
+
+
+def bare(module_class):
+    """A module that is called without the machinery for hooks, which costs as much as a small layer's work."""
+    module_class.__call__ = module_class.forward
+    return module_class
+
+
+@bare
+class Linear(nn.Linear):
+    """x Wᵀ + b; `joined` is one (weight, bias) for this layer and its neighbours, where `join` made one."""
+
+    joined = None
+
+    def forward(self, x):
+        """(…, D) → (…, V)."""
+        return product(x, self.weight, self.bias).contiguous()
+
+
+def join(*layers):
+    """Puts the weights of layers with one input behind each other in memory; theirs become views of that."""
+    sizes = [layer.out_features for layer in layers]
+    joined = torch.cat([layer.weight for layer in layers]), None
+    for layer, weight in zip(layers, joined[0].split(sizes), strict=True):
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+    if layers[0].bias is not None:
+        joined = joined[0], torch.cat([layer.bias for layer in layers])
+        for layer, bias in zip(layers, joined[1].split(sizes), strict=True):
+            layer.bias = nn.Parameter(bias, requires_grad=False)
+    layers[0].joined = joined
+
+
+def together(x, *layers):
+    """The layers' outputs for one input, side by side: one product where they are joined."""
+    if layers[0].joined is None:
+        return torch.cat([product(x, layer.weight, layer.bias) for layer in layers], dim=-1)
+    return product(x, *layers[0].joined).contiguous()
+
+
+def rms_norm(x, weight, eps):
+    """x / √(mean x² + ε) · weight over the last axis, statistics in fp32, the cast back before the weight."""
+    if weight.dim() == 1 and x.dtype in (torch.float32, torch.float64):
+        return F.rms_norm(x, weight.shape, weight, eps)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return weight * F.rms_norm(wide, wide.shape[-1:], eps=eps).to(x.dtype)
+
+
+@bare
 class RMSNorm(nn.Module):
-    """x / √(mean x² + ε) · weight, statistics in fp32, the cast back before the weight as in Hugging Face."""
+    """`rms_norm` with a weight for each component."""
 
     def __init__(self, width, eps):
         super().__init__()
@@ -229,10 +298,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         """Normalises the last axis; any leading shape."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
+@bare
 class Attention(nn.Module):
     """Causal grouped-query attention: query head h reads kv head h // (H/G)."""
 
@@ -241,44 +310,65 @@ class Attention(nn.Module):
         D, E = config.hidden_size, config.head_dim
         H, G = config.num_attention_heads, config.num_key_value_heads
         bias = config.attention_bias or config.model_type == "qwen2"
-        self.layer, self.head_dim = layer, E
-        self.q_proj = nn.Linear(D, H * E, bias=bias)
-        self.k_proj = nn.Linear(D, G * E, bias=bias)
-        self.v_proj = nn.Linear(D, G * E, bias=bias)
-        self.o_proj = nn.Linear(H * E, D, bias=config.attention_bias and config.model_type != "qwen2")
+        self.layer, self.head_dim, self.heads = layer, E, (H, G)
+        self.q_proj = Linear(D, H * E, bias=bias)
+        self.k_proj = Linear(D, G * E, bias=bias)
+        self.v_proj = Linear(D, G * E, bias=bias)
+        self.o_proj = Linear(H * E, D, bias=config.attention_bias and config.model_type != "qwen2")
         qk_norm = config.model_type == "qwen3"
-        self.q_norm = RMSNorm(E, config.rms_norm_eps) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(E, config.rms_norm_eps) if qk_norm else nn.Identity()
+        self.joined_hE = None
+        self.q_norm = RMSNorm(E, config.rms_norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(E, config.rms_norm_eps) if qk_norm else None
 
-    def forward(self, x_BLD, rope, place, cache):
+    def norm_hE(self):
+        """q_norm's weight for every query head, k_norm's for every kv head: (H + G, E)."""
+        if self.joined_hE is not None:
+            return self.joined_hE
+        (H, G), E = self.heads, self.head_dim
+        return torch.cat((self.q_norm.weight.expand(H, E), self.k_norm.weight.expand(G, E)))
+
+    def forward(self, x_BLD, place, cache):
         """Attends to everything up to each position; appends the new keys and values to the cache, if any."""
-        heads = (-1, self.head_dim)
-        q_BHLE = rotate(self.q_norm(self.q_proj(x_BLD).unflatten(-1, heads)).transpose(1, 2), *rope)
-        k_BGLE = rotate(self.k_norm(self.k_proj(x_BLD).unflatten(-1, heads)).transpose(1, 2), *rope)
-        v_BGLE = self.v_proj(x_BLD).unflatten(-1, heads).transpose(1, 2)
+        (B, L, _), E, (H, G) = x_BLD.shape, self.head_dim, self.heads
+        qkv_BLhE = together(x_BLD, self.q_proj, self.k_proj, self.v_proj).view(B, L, H + 2 * G, E)
+        qk_BLhE, v_BLGE = qkv_BLhE.split((H + G, G), dim=2)
+        if self.q_norm is not None:
+            qk_BLhE = rms_norm(qk_BLhE, self.norm_hE(), self.q_norm.eps)
+        q_BHLE, k_BGLE = rotate(qk_BLhE.transpose(1, 2), *place.rope).split((H, G), dim=1)
+        v_BGLE = v_BLGE.transpose(1, 2)
         if cache is not None:
             k_BGLE, v_BGLE = cache.write(self.layer, k_BGLE, v_BGLE, place)
-        mask = None if place.seen_BLM is None else place.seen_BLM[:, None]
-        mixed_BHLE = F.scaled_dot_product_attention(q_BHLE, k_BGLE, v_BGLE, attn_mask=mask,
-                                                    is_causal=mask is None, enable_gqa=True)
-        return self.o_proj(mixed_BHLE.transpose(1, 2).flatten(-2))
+        seen = None if place.seen_BLM is None else place.seen_BLM[:, None]
+        if L > 1:
+            mixed_BHLE = F.scaled_dot_product_attention(q_BHLE, k_BGLE, v_BGLE, attn_mask=seen,
+                                                        is_causal=seen is None, enable_gqa=True)
+            return self.o_proj(mixed_BHLE.transpose(1, 2).flatten(-2))
+        q_BGqE = q_BHLE.reshape(B, G, H // G, E)        # one token: a group's heads are its queries
+        mixed_BGqE = F.scaled_dot_product_attention(q_BGqE, k_BGLE, v_BGLE, attn_mask=seen)
+        return self.o_proj(mixed_BGqE.reshape(B, 1, -1))
 
 
+@bare
 class MLP(nn.Module):
     """down(silu(gate x) ⊙ up x)."""
 
     def __init__(self, config):
         super().__init__()
         D, F_, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(D, F_, bias=bias)
-        self.up_proj = nn.Linear(D, F_, bias=bias)
-        self.down_proj = nn.Linear(F_, D, bias=bias)
+        self.gate_proj = Linear(D, F_, bias=bias)
+        self.up_proj = Linear(D, F_, bias=bias)
+        self.down_proj = Linear(F_, D, bias=bias)
 
     def forward(self, x):
         """Any leading shape."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.gate_proj.joined is None:
+            gate, up = (product(x, layer.weight, layer.bias) for layer in (self.gate_proj, self.up_proj))
+        else:
+            gate, up = product(x, *self.gate_proj.joined).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
 
 
+@bare
 class Block(nn.Module):
     """x + attention(norm x), then x + MLP(norm x)."""
 
@@ -289,9 +379,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_BLD, rope, place, cache):
+    def forward(self, x_BLD, place, cache):
         """One block of the residual stream."""
-        x_BLD = x_BLD + self.self_attn(self.input_layernorm(x_BLD), rope, place, cache)
+        x_BLD = x_BLD + self.self_attn(self.input_layernorm(x_BLD), place, cache)
         return x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
 
 
@@ -301,65 +391,114 @@ class Block(nn.Module):
 
 @dataclass
 class Place:
-    """Where L new tokens of each row sit: their slots, and which each may see (None: causal from slot 0)."""
+    """Where L new tokens of each row sit, which slots each may see (None: all, or causal), their rotation."""
 
-    slot_BL: torch.Tensor
+    slot_L: torch.Tensor
     seen_BLM: torch.Tensor | None
+    rope: tuple                                         # cos, sin (B or 1, L, E)
 
 
 class KVCache:
-    """Keys and values of every layer. Row b's i-th token sits in slot i, whatever its neighbours' lengths.
+    """Keys and values of every layer. Rows are flush on the right: the next token of all goes to one slot.
 
-        slot       0    1    2    3    4    5           position_B   the row's next free slot, on the device
-        row 0    [ The  cat  sat  down ·    ·  ]        4
-        row 1    [ A    dog  ·    ·    ·    ·  ]        2
-        filled = 4 slots on the host: no row reaches further, so attention reads no more of the allocation
+        slot       0    1    2    3    4    5
+        row 0    [ The  cat  sat  down ·    ·  ]        start_B 0
+        row 1    [ ·    ·    A    dog  ·    ·  ]        start_B 2: its token i sits in slot start + i
+                                       ↑ next_1 = 4, on the device; `filled` is the same on the host
+
+    Attention reads no more than the filled part of the allocation: exactly that on a CPU. Elsewhere `reach`
+    grows in strides, behind a mask, so that a CUDA graph serves many steps; a stride is at least 64 slots,
+    and as many as hold a sixteenth of the weights' bytes.
     """
 
     def __init__(self, config, rows, slots, device, dtype):
         self.config = config
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, slots, config.head_dim)
-        self.k_NBGME = torch.zeros(shape, device=device, dtype=dtype)
-        self.v_NBGME = torch.zeros(shape, device=device, dtype=dtype)
-        self.position_B = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.row_B1 = torch.arange(rows, device=device)[:, None]
-        self.filled = 0
+        exact = torch.device(device).type == "cpu"      # no slot is read before it is written
+        made = torch.empty if exact else torch.zeros    # a masked NaN would still be one
+        self.k_NBGME, self.v_NBGME = (made(shape, device=device, dtype=dtype) for _ in range(2))
+        self.next_1 = torch.zeros(1, dtype=torch.int64, device=device)
+        self.start_B, self.filled, self.stride, self.places = None, 0, 1, {}
+        self.rope_2ME = None                            # cos and sin of every position, once asked for
+        if not exact:
+            N, B, G, _, E = shape
+            mlp, heads = 3 * config.intermediate_size, 2 * E * (config.num_attention_heads + G)
+            weights = config.hidden_size * (N * (mlp + heads) + config.vocab_size)
+            self.stride = 64 * max(1, weights // 16 // (64 * 2 * N * B * G * E))
 
-    def place(self, length):
-        """The `Place` of the next `length` tokens of every row."""
-        slots = self.k_NBGME.shape[3]
+    @property
+    def reach(self):
+        """The slots that attention reads when the next token has been written."""
+        return min(-(-(self.filled + 1) // self.stride) * self.stride, self.k_NBGME.shape[3])
+
+    def place(self, length, frequency):
+        """The `Place` of the next `length` tokens of every row; made once for all layers."""
+        slots, E = self.k_NBGME.shape[3:]
         if self.filled + length > slots:
             raise ValueError(f"{self.filled} + {length} tokens do not fit into a cache of {slots} slots")
-        slot_BL = self.position_B[:, None] + torch.arange(length, device=self.position_B.device)
-        if self.filled == 0:
-            return Place(slot_BL, None)
-        slot_M = torch.arange(self.filled + length, device=slot_BL.device)
-        return Place(slot_BL, slot_M <= slot_BL[:, :, None])
+        if length not in self.places:
+            slot_L = self.next_1 + torch.arange(length, device=self.next_1.device)
+            position_BL, seen_BLM = slot_L[None], None
+            if self.filled and (length > 1 or self.stride > 1 or self.start_B is not None):
+                slot_M = torch.arange(max(self.reach, self.filled + length), device=slot_L.device)
+                seen_BLM = (slot_M <= slot_L[:, None])[None]
+                if self.start_B is not None:
+                    seen_BLM = seen_BLM & (slot_M >= self.start_B[:, None])[:, None]
+            if self.start_B is not None:
+                position_BL = slot_L - self.start_B[:, None]
+            if self.rope_2ME is None:
+                every_M = torch.arange(slots, device=slot_L.device)
+                self.rope_2ME = torch.stack(rotation(every_M, frequency, self.k_NBGME.dtype))
+            rope_2BLE = self.rope_2ME.index_select(1, position_BL.flatten()).view(2, -1, length, E)
+            self.places = {length: Place(slot_L, seen_BLM, rope_2BLE.unbind())}
+        return self.places[length]
 
     def write(self, layer, k_BGLE, v_BGLE, place):
-        """Writes one layer's new keys and values; returns all that rows may see, (B, G, filled + L, E)."""
-        reach = self.filled + k_BGLE.shape[2]
-        self.k_NBGME[layer][self.row_B1, :, place.slot_BL] = k_BGLE.transpose(1, 2).to(self.k_NBGME.dtype)
-        self.v_NBGME[layer][self.row_B1, :, place.slot_BL] = v_BGLE.transpose(1, 2).to(self.v_NBGME.dtype)
-        return self.k_NBGME[layer, :, :, :reach], self.v_NBGME[layer, :, :, :reach]
+        """Writes one layer's new keys and values; returns all that rows may see, (B, G, M, E)."""
+        held_BGME = self.k_NBGME[layer], self.v_NBGME[layer]
+        for held, new_BGLE in zip(held_BGME, (k_BGLE, v_BGLE), strict=True):
+            if self.stride == 1:                        # the host knows the slots, and a slice is faster
+                held.narrow(2, self.filled, new_BGLE.shape[2]).copy_(new_BGLE)
+            else:
+                held.index_copy_(2, place.slot_L, new_BGLE)
+        if self.filled == 0:
+            return k_BGLE, v_BGLE
+        reach = max(self.reach, self.filled + k_BGLE.shape[2])
+        return [held.narrow(2, 0, reach) for held in held_BGME]
 
     def advance(self, length):
         """Every row has `length` more tokens."""
-        self.position_B = self.position_B + length
-        self.filled += length
+        self.next_1 += length
+        self.filled, self.places = self.filled + length, {}
 
-    def repeat(self, samples, length_P, slots):
-        """The cache of `samples` rows per prompt, with room for `slots`.
+    def repeat(self, samples, lengths, slots):
+        """The cache of `samples` rows per prompt, with room for `slots`, after one prefill of all prompts.
 
-        What `length_P` says is prompt is copied, and the padding behind it forgotten.
+        What `lengths` says is prompt is copied, flush on the right; the padding behind it is forgotten.
         """
         N, P, G, _, E = self.k_NBGME.shape
-        wider = KVCache(self.config, P * samples, slots, self.k_NBGME.device, self.k_NBGME.dtype)
+        wider = KVCache(self.config, P * samples, slots, self.next_1.device, self.k_NBGME.dtype)
+        longest = max(lengths)
         for old, new in ((self.k_NBGME, wider.k_NBGME), (self.v_NBGME, wider.v_NBGME)):
-            new.view(N, P, samples, G, slots, E)[..., :self.filled, :] = old[:, :, None, :, :self.filled]
-        wider.position_B = length_P.repeat_interleave(samples)
-        wider.filled = self.filled
+            new_NPKGME = new.view(N, P, samples, G, slots, E)
+            for p, length in enumerate(lengths):
+                new_NPKGME[:, p, :, :, :longest - length] = 0                       # seen by nobody
+                new_NPKGME[:, p, :, :, longest - length:longest] = old[:, p, None, :, :length]
+        if min(lengths) < longest:
+            start_P = torch.tensor([longest - length for length in lengths], device=self.next_1.device)
+            wider.start_B = start_P.repeat_interleave(samples)
+        wider.advance(longest)
         return wider
+
+    def take(self, row_B):
+        """The cache of some of the rows, with the same room."""
+        slots = self.k_NBGME.shape[3]
+        fewer = KVCache(self.config, len(row_B), slots, self.next_1.device, self.k_NBGME.dtype)
+        for old, new in ((self.k_NBGME, fewer.k_NBGME), (self.v_NBGME, fewer.v_NBGME)):
+            new[:, :, :, :self.filled] = old[:, row_B, :, :self.filled]
+        fewer.start_B = None if self.start_B is None else self.start_B[row_B]
+        fewer.advance(self.filled)
+        return fewer
 
 
 # ------------------------------------------------------------------------------
@@ -377,13 +516,27 @@ class Model(nn.Module):
         self.model.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.frequency = rope_frequencies(config)
 
     def _apply(self, fn, recurse=True):
         """Follows the parameters to another device, but never to a coarser dtype: angles are fp32."""
         super()._apply(fn, recurse)
+        for layer in self.modules():
+            if isinstance(layer, Linear):
+                layer.joined = None                     # the parameters are no longer views of it
+            if isinstance(layer, Attention):
+                layer.joined_hE = None
         self.frequency = self.frequency.to(self.head_weight.device)
+        return self
+
+    def join(self):
+        """One product instead of three for q, k, v, and of two for gate, up; frozen weights, same names."""
+        for block in self.model.layers:
+            attention = block.self_attn
+            join(attention.q_proj, attention.k_proj, attention.v_proj)
+            attention.joined_hE = attention.norm_hE() if attention.q_norm is not None else None
+            join(block.mlp.gate_proj, block.mlp.up_proj)
         return self
 
     @property
@@ -395,13 +548,13 @@ class Model(nn.Module):
         """x through some blocks; positions come from the cache, or count from 0 without one."""
         length = x_BLD.shape[1]
         if cache is None:
-            place = Place(torch.arange(length, device=x_BLD.device)[None], None)
+            slot_L = torch.arange(length, device=x_BLD.device)
+            rope = (x_LE[None] for x_LE in rotation(slot_L, self.frequency, x_BLD.dtype))
+            place = Place(slot_L, None, tuple(rope))
         else:
-            place = cache.place(length)
-        angle_BLE = (place.slot_BL[..., None] * self.frequency).repeat(1, 1, 2)
-        rope = angle_BLE.cos().to(x_BLD.dtype), angle_BLE.sin().to(x_BLD.dtype)
+            place = cache.place(length, self.frequency)
         for layer in layers:
-            x_BLD = layer(x_BLD, rope, place, cache)
+            x_BLD = layer(x_BLD, place, cache)
         return x_BLD
 
     def lower(self, token_BL, cache=None):
@@ -421,8 +574,14 @@ class Model(nn.Module):
 
     def head(self, x_D):
         """logits = W x, linear in x (eqs. 4, 5): (…, D) → fp32 (…, V); x is cast to W's dtype first."""
-        logits_V = F.linear(x_D.to(self.head_weight.dtype), self.head_weight)
+        logits_V = product(x_D.to(self.head_weight.dtype), self.head_weight).contiguous()
         return logits_V.to(torch.promote_types(logits_V.dtype, torch.float32))
+
+    def head_at(self, x_BD, token_BC):
+        """`head`, only at some tokens of each row: (B, D), (B, C) ids → fp32 (B, C)."""
+        weight_BCD = F.embedding(token_BC, self.head_weight)
+        logits_BC = (weight_BCD @ x_BD.to(weight_BCD.dtype)[:, :, None])[:, :, 0]
+        return logits_BC.to(torch.promote_types(logits_BC.dtype, torch.float32))
 
     def forward(self, token_BL, cache=None):
         """head(upper(lower(tokens))): (B, L) ids → (B, L, V) logits; differentiable without a cache."""
@@ -543,7 +702,8 @@ def load(folder, device="cpu", dtype=None):
 
     dtype None keeps the checkpoint's (config.json's, else the first tensor's). ValueError as in `catalogue`,
     and for a tensor that is not finite. On a CPU a weight whose dtype does not change *is* the mapped file:
-    host memory holds the model once, and the file must not be overwritten while the model is in use.
+    host memory holds the model once, and the file must not be overwritten while the model is in use. So a CPU
+    joins (`Model.join`) only small models' weights, which a copy hardly doubles.
     """
     config = ModelConfig.read(folder)
     model = blank(config)
@@ -558,4 +718,5 @@ def load(folder, device="cpu", dtype=None):
                 weight = nn.Parameter(tensor.to(device, dtype), requires_grad=False)
                 setattr(model.get_submodule(owner), leaf, weight)
     model.frequency = model.frequency.to(device)
-    return model.eval()
+    small = sum(p.nbytes for p in model.parameters()) < 2 ** 28
+    return model.eval().join() if small or torch.device(device).type != "cpu" else model.eval()

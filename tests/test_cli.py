@@ -587,7 +587,7 @@ def test_memory_is_what_is_allocated(folder):
     cache = model_module.KVCache(config, 6, 17, "cpu", torch.float32)
     assert parts["kv cache"] == cache.k_NBGME.nbytes + cache.v_NBGME.nbytes
     side = AsyncDistiller(Distiller(esamp, 2, 8), 6, 8, 4)
-    taps = (side.shallow_SBD, side.deep_SBD, side.shallow_UBD, side.deep_UBD)
+    taps = (side.shallow_BD, side.deep_BD, side.held_BD, side.predicted_BD, side.shallow_UBD, side.deep_UBD)
     assert parts["Distiller"] == 2 * esamp.bytes(8) + sum(t.nbytes for t in taps)
 
 

@@ -151,7 +151,7 @@ def test_requirements_are_what_is_imported():
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             if isinstance(node, ast.ImportFrom):
                 imported.add(node.module.split(".")[0])
-    ours = {*ROOMS, "experiments", "conftest", "transformers"}           # transformers: a peer, never needed
+    ours = {*ROOMS, "experiments", "conftest", "transformers", "matplotlib"}         # peers, never needed
     numpy = {"numpy"}                                    # which safetensors' writer needs
     assert imported - sys.stdlib_module_names - ours == names - numpy
     assert names == {"torch", "safetensors", "tokenizers", "jinja2", "tqdm", "huggingface_hub", "numpy",
