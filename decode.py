@@ -5,12 +5,12 @@
 
 `generate` takes token ids and returns token ids; text, chat templates and files belong to the second chapter.
 
-Each step has two forms that mean the same: `esamp_step` is the paper's page, `fast_step` what runs unless
-`plain` is asked for.
+A step has two forms that mean the same: `esamp_step` is the paper's page, `fast_step` runs unless plain=True.
 
 Shapes: P prompts of K samples each are B = P·K rows, the rows of a prompt side by side; L positions, D width,
-V vocabulary, C candidates, T generated tokens. Token 0 of a row comes from the prefill and is the plain LLM's; step t of
-the loop makes token t + 1. The LLM has its own dtype; logits and all that follows are fp32, draws fp64.
+V vocabulary, C candidates, T generated tokens. Token 0 of a row comes from the prefill and is the plain
+LLM's; step t of the loop makes token t + 1. The LLM has its own dtype; logits and all that follows are fp32,
+draws fp64.
 """
 
 import argparse
@@ -396,13 +396,17 @@ class Run:
         live_P = self.rows.live_B.view(len(self.rows.prompts), -1).sum(-1).tolist()
         if t % LOOK_EVERY == 0 or 0 in live_P or last:
             finished = self.ledger.look(reached + 1, live_P)
-        if 0 < 2 * max(live_P) * sum(live > 0 for live in live_P) <= self.rows.count and not self.plain:
+        needed = max(live_P) * sum(live > 0 for live in live_P)
+        if 0 < 2 * needed <= self.rows.count and reached % 4 == 0 and not self.plain:
             self.begin(reached)
             self.shrink(reached, max(live_P))
         return reached, finished
 
     def shrink(self, t, most):
-        """Goes on without finished rows, now that half of the batch is enough; `most` rows of each prompt."""
+        """Goes on without finished rows, now that half of the batch is enough; `most` rows of each prompt.
+
+        What is left to compute depends on tokens alone, so vanilla and β = 0 shrink alike.
+        """
         K = self.rows.count // len(self.rows.prompts)
         live_PK = self.rows.live_B.view(-1, K).tolist()
         places, rows = [p for p, live in enumerate(live_PK) if any(live)], []

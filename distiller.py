@@ -110,12 +110,19 @@ class Distiller(nn.Module):
 
     def predict(self, shallow_PKD):
         """ĥ = f_φ(h¹): two blocks of x + down(silu(gate x) ⊙ up x), each Distiller on its rows (eq. 3)."""
-        x_PDK = shallow_PKD.mT                          # rows as columns: gradients get the weights' layout
+        return self._forward(shallow_PKD)[0].mT
+
+    def _forward(self, shallow_PKD):
+        """ĥ with rows as columns, (P, D, K), and each block's input, gate, up and product of the two."""
+        x_PDK, trace = shallow_PKD.mT, []
         for gate_up, down in zip(self.gate_up, self.down, strict=True):
             gate_PRK, up_PRK = (gate_up @ x_PDK).chunk(2, dim=1)
-            x_PDK = x_PDK + down @ (F.silu(gate_PRK) * up_PRK)
-        return x_PDK.mT
+            inner_PRK = F.silu(gate_PRK) * up_PRK
+            trace.append((x_PDK, gate_PRK, up_PRK, inner_PRK))
+            x_PDK = x_PDK + down @ inner_PRK
+        return x_PDK, trace
 
+    @torch.no_grad()
     def train(self, shallow_PKD, deep_PKD, live_PK):
         """One Adam step of every Distiller on its live pairs (eq. 10); returns the loss before it (P,).
 
@@ -123,22 +130,43 @@ class Distiller(nn.Module):
         dead row holds does not matter, not even a NaN: its gradient would be one however it is masked later.
         """
         shallow_PKD, deep_PKD = (torch.where(live_PK[..., None], x, 0) for x in (shallow_PKD, deep_PKD))
-        with torch.enable_grad():
-            loss_P = loss(deep_PKD, self.predict(shallow_PKD), live_PK)
-            gradients = torch.autograd.grad(loss_P.sum(), list(self.parameters()))
-        self._adam(gradients, live_PK.any(-1))
-        return loss_P.detach()
+        predicted_PDK, trace = self._forward(shallow_PKD)
+        loss_P = loss(deep_PKD, predicted_PDK.mT, live_PK)
+        count_P11 = live_PK.sum(-1).clamp(min=1)[:, None, None]
+        slope_PDK = torch.where(live_PK[:, None], predicted_PDK - deep_PKD.mT, 0) * (2 / count_P11)
+        self._adam(*self._gradients(slope_PDK, trace), live_PK.any(-1))
+        return loss_P
+
+    def _gradients(self, slope_PDK, trace):
+        """The chain rule from ∂loss/∂ĥ down: each weight's gradient as factors (left, right) of left·rightᵀ.
+
+        In the order of `parameters`. The factors have a column per row, so the gradient's norm, too, comes
+        from them: ‖left·rightᵀ‖² = Σ (leftᵀleft ⊙ rightᵀright).
+        """
+        for_gate_up, for_down = [], []
+        for block in reversed(range(BLOCKS)):
+            x_PDK, gate_PRK, up_PRK, inner_PRK = trace[block]
+            for_down.insert(0, (slope_PDK, inner_PRK))
+            back_PRK, share_PRK = self.down[block].mT @ slope_PDK, gate_PRK.sigmoid()
+            silu_slope_PRK = share_PRK * (1 + gate_PRK * (1 - share_PRK))
+            both = torch.cat((back_PRK * up_PRK * silu_slope_PRK, back_PRK * gate_PRK * share_PRK), dim=1)
+            for_gate_up.insert(0, (both, x_PDK))
+            if block:
+                slope_PDK = slope_PDK + self.gate_up[block].mT @ both
+        factors = for_gate_up + for_down
+        squares = [((a.mT @ a) * (b.mT @ b)).sum((1, 2)) for a, b in factors]
+        return factors, torch.stack(squares).sum(0).clamp(min=0).sqrt()
 
     @torch.no_grad()
-    def _adam(self, gradients, active_P):
+    def _adam(self, factors, norm_P, active_P):
         """φ ← φ − lr·m̂/(√v̂ + ε) after clipping each Distiller's gradient to norm 0.5; idle ones wait.
 
-        torch's fused Adam, which reads and writes every number once: a call per Distiller, since each has
-        its own step count, its own clip (the kernel divides the gradient by `grad_scale`) and its own leave
-        to step (it does nothing where `found_inf` is 1, a flag on the device that no host has to read).
+        The clip scales a factor before the gradient exists. torch's fused Adam then reads and writes every
+        number once: a call per Distiller, since each has its own step count and its own leave to step (the
+        kernel does nothing where `found_inf` is 1, a flag on the device that no host has to read).
         """
-        norm_P = torch.stack([torch.linalg.vector_norm(g, dim=(1, 2)) for g in gradients]).norm(dim=0)
-        divisor_P = ((norm_P + 1e-6) / CLIP_NORM).clamp(min=1).float()
+        scale_P11 = (CLIP_NORM / (norm_P + 1e-6)).clamp(max=1)[:, None, None]
+        gradients = [(left * scale_P11) @ right.mT for left, right in factors]
         self.step_P += active_P
         seen_P, idle_P = self.step_P.float(), 1.0 - active_P.float()
         tensors = (self.parameters(), gradients, self.first, self.second)
@@ -146,4 +174,4 @@ class Distiller(nn.Module):
         for p, (weights, slopes, firsts, seconds) in enumerate(zip(*by_distiller, strict=True)):
             torch._fused_adam_(weights, slopes, firsts, seconds, [], [seen_P[p]] * len(weights),
                                lr=self.config.lr, beta1=BETA1, beta2=BETA2, weight_decay=0.0, eps=EPS,
-                               amsgrad=False, maximize=False, grad_scale=divisor_P[p], found_inf=idle_P[p])
+                               amsgrad=False, maximize=False, found_inf=idle_P[p])

@@ -209,16 +209,16 @@ def rope_frequencies(config):
     return frequency
 
 
-def rotate(x_BHLE, cos_BLE, sin_BLE):
+def rotate(x_BHLE, cos_B1LE, sin_B1LE):
     """Rotary embedding in the half-split layout of Hugging Face: component i turns with component i + E/2.
 
         half-split (here)    x = [a₀ a₁ a₂ … | b₀ b₁ b₂ …]     pair i = (x[i], x[i + E/2])
         interleaved (Meta)   x = [a₀ b₀ a₁ b₁ a₂ b₂ …]         pair i = (x[2i], x[2i + 1])
 
-    sin_BLE is negative in its first half: [a | b]·cos + [b | a]·sin = [a cos − b sin | b cos + a sin].
+    sin_B1LE is negative in its first half: [a | b]·cos + [b | a]·sin = [a cos − b sin | b cos + a sin].
     """
     a, b = x_BHLE.chunk(2, dim=-1)
-    return torch.addcmul(x_BHLE * cos_BLE[:, None], torch.cat((b, a), dim=-1), sin_BLE[:, None])
+    return torch.addcmul(x_BHLE * cos_B1LE, torch.cat((b, a), dim=-1), sin_B1LE)
 
 
 def rotation(position_L, frequency, dtype):
@@ -243,7 +243,7 @@ def product(x_D, weight_VD, bias_V=None):
 
 
 def bare(module_class):
-    """A module that is called without the machinery for hooks, which costs as much as a small layer's work."""
+    """A module that is called without the machinery for hooks, which costs as much as a small layer does."""
     module_class.__call__ = module_class.forward
     return module_class
 
@@ -254,9 +254,23 @@ class Linear(nn.Linear):
 
     joined = None
 
+    def reset_parameters(self):
+        """PyTorch's init, unless there is no memory to initialise: that would take a second to import."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, x):
         """(…, D) → (…, V)."""
         return product(x, self.weight, self.bias).contiguous()
+
+
+class Embedding(nn.Embedding):
+    """Rows of a table."""
+
+    def reset_parameters(self):
+        """As `Linear`'s."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 def join(*layers):
@@ -282,9 +296,9 @@ def together(x, *layers):
 def rms_norm(x, weight, eps):
     """x / √(mean x² + ε) · weight over the last axis, statistics in fp32, the cast back before the weight."""
     if weight.dim() == 1 and x.dtype in (torch.float32, torch.float64):
-        return F.rms_norm(x, weight.shape, weight, eps)
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return weight * F.rms_norm(wide, wide.shape[-1:], eps=eps).to(x.dtype)
+        return torch.rms_norm(x, weight.shape, weight, eps)
+    wide = x if x.dtype == torch.float64 else x.float()
+    return torch.rms_norm(wide, x.shape[-1:], None, eps).to(x.dtype) * weight
 
 
 @bare
@@ -331,10 +345,10 @@ class Attention(nn.Module):
         """Attends to everything up to each position; appends the new keys and values to the cache, if any."""
         (B, L, _), E, (H, G) = x_BLD.shape, self.head_dim, self.heads
         qkv_BLhE = together(x_BLD, self.q_proj, self.k_proj, self.v_proj).view(B, L, H + 2 * G, E)
-        qk_BLhE, v_BLGE = qkv_BLhE.split((H + G, G), dim=2)
+        qk_BLhE, v_BLGE = qkv_BLhE.split_with_sizes((H + G, G), dim=2)
         if self.q_norm is not None:
             qk_BLhE = rms_norm(qk_BLhE, self.norm_hE(), self.q_norm.eps)
-        q_BHLE, k_BGLE = rotate(qk_BLhE.transpose(1, 2), *place.rope).split((H, G), dim=1)
+        q_BHLE, k_BGLE = rotate(qk_BLhE.transpose(1, 2), *place.rope).split_with_sizes((H, G), dim=1)
         v_BGLE = v_BLGE.transpose(1, 2)
         if cache is not None:
             k_BGLE, v_BGLE = cache.write(self.layer, k_BGLE, v_BGLE, place)
@@ -395,7 +409,7 @@ class Place:
 
     slot_L: torch.Tensor
     seen_BLM: torch.Tensor | None
-    rope: tuple                                         # cos, sin (B or 1, L, E)
+    rope: tuple                                         # cos, sin (B or 1, 1, L, E)
 
 
 class KVCache:
@@ -449,22 +463,23 @@ class KVCache:
             if self.rope_2ME is None:
                 every_M = torch.arange(slots, device=slot_L.device)
                 self.rope_2ME = torch.stack(rotation(every_M, frequency, self.k_NBGME.dtype))
-            rope_2BLE = self.rope_2ME.index_select(1, position_BL.flatten()).view(2, -1, length, E)
-            self.places = {length: Place(slot_L, seen_BLM, rope_2BLE.unbind())}
+            rope_2B1LE = self.rope_2ME.index_select(1, position_BL.flatten()).view(2, -1, 1, length, E)
+            self.places = {length: Place(slot_L, seen_BLM, rope_2B1LE.unbind())}
         return self.places[length]
 
     def write(self, layer, k_BGLE, v_BGLE, place):
         """Writes one layer's new keys and values; returns all that rows may see, (B, G, M, E)."""
-        held_BGME = self.k_NBGME[layer], self.v_NBGME[layer]
-        for held, new_BGLE in zip(held_BGME, (k_BGLE, v_BGLE), strict=True):
-            if self.stride == 1:                        # the host knows the slots, and a slice is faster
-                held.narrow(2, self.filled, new_BGLE.shape[2]).copy_(new_BGLE)
-            else:
-                held.index_copy_(2, place.slot_L, new_BGLE)
+        k_BGME, v_BGME, length = self.k_NBGME[layer], self.v_NBGME[layer], k_BGLE.shape[2]
+        if self.stride == 1:                            # the host knows the slots, and a slice is faster
+            k_BGME.narrow(2, self.filled, length).copy_(k_BGLE)
+            v_BGME.narrow(2, self.filled, length).copy_(v_BGLE)
+        else:
+            k_BGME.index_copy_(2, place.slot_L, k_BGLE)
+            v_BGME.index_copy_(2, place.slot_L, v_BGLE)
         if self.filled == 0:
             return k_BGLE, v_BGLE
-        reach = max(self.reach, self.filled + k_BGLE.shape[2])
-        return [held.narrow(2, 0, reach) for held in held_BGME]
+        reach = max(self.reach, self.filled + length)
+        return k_BGME.narrow(2, 0, reach), v_BGME.narrow(2, 0, reach)
 
     def advance(self, length):
         """Every row has `length` more tokens."""
@@ -495,7 +510,7 @@ class KVCache:
         slots = self.k_NBGME.shape[3]
         fewer = KVCache(self.config, len(row_B), slots, self.next_1.device, self.k_NBGME.dtype)
         for old, new in ((self.k_NBGME, fewer.k_NBGME), (self.v_NBGME, fewer.v_NBGME)):
-            new[:, :, :, :self.filled] = old[:, row_B, :, :self.filled]
+            new[:, :, :, :self.filled] = old.narrow(3, 0, self.filled).index_select(1, row_B)
         fewer.start_B = None if self.start_B is None else self.start_B[row_B]
         fewer.advance(self.filled)
         return fewer
@@ -512,7 +527,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
@@ -549,8 +564,7 @@ class Model(nn.Module):
         length = x_BLD.shape[1]
         if cache is None:
             slot_L = torch.arange(length, device=x_BLD.device)
-            rope = (x_LE[None] for x_LE in rotation(slot_L, self.frequency, x_BLD.dtype))
-            place = Place(slot_L, None, tuple(rope))
+            place = Place(slot_L, None, rotation(slot_L, self.frequency, x_BLD.dtype))
         else:
             place = cache.place(length, self.frequency)
         for layer in layers:

@@ -14,7 +14,7 @@ from conftest import ROOT
 
 import decode
 
-NESTED = ("work", "buffer", "weight", "add", "per", "text", "note", "on_step", "tojson", "raise_exception")
+NESTED = ("work", "upper", "buffer", "weight", "add", "per", "text", "note", "on_step", "tojson", "raise_exception")
 ROOMS = ["esamp", "distiller", "model", "train_async", "decode"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
