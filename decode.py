@@ -158,15 +158,16 @@ def generate(model, prompts, sampling, esamp=None, *, eos_ids, distillers=None, 
     rows.advance(token_B)
     t, finished = run.look(0)
     try:
-        while True:
-            if on_step:
-                on_step(t, finished)
-            if len(ledger.ended) == len(prompts):
-                break
-            step(t, run)
-            t, finished = t + 1, []
-            if t % look_every(rows.device) == 0 or t == rows.steps - 1:
-                t, finished = run.look(t)
+        with torch.cuda.device_of(token_B):                             # its streams are the current ones
+            while True:
+                if on_step:
+                    on_step(t, finished)
+                if len(ledger.ended) == len(prompts):
+                    break
+                step(t, run)
+                t, finished = t + 1, []
+                if t % look_every(rows.device) == 0 or t == rows.steps - 1:
+                    t, finished = run.look(t)
     finally:
         if run.side:
             run.side.finish()

@@ -400,6 +400,7 @@ def build_parser():
         help="cpu or cuda (default: cuda if there is one)")
     add("--dtype", choices=DTYPES, help="default: bfloat16 for a shape, a checkpoint's own")
     add("--loading", action="store_true", help="measure only how a 1 GB checkpoint is loaded on the CPU")
+    add("--read", metavar="JSON", help="measure nothing; show what an earlier run wrote with --out")
     add("--out", metavar="FILE", help="write JSON")
     add("--plot", metavar="FILE", help="write the figure (svg, png)")
     return parser
@@ -417,7 +418,9 @@ def main(argv=None):
     try:
         if args.rounds < 1 or (args.tokens is not None and args.tokens < 4):
             raise ValueError("--rounds must be at least 1, --tokens at least 4")
-        if args.loading:
+        if args.read:
+            report, names = json.loads(Path(args.read).read_text(encoding="utf-8")), []
+        elif args.loading:
             report["loading"], names = loading(args.rounds), []
         for name in names:
             dtype = DTYPES.get(args.dtype) or (torch.bfloat16 if name in SHAPES else None)

@@ -592,6 +592,22 @@ def test_memory_is_what_is_allocated(folder):
     assert parts["Distiller"] == 2 * esamp.bytes(8) + sum(t.nbytes for t in taps)
 
 
+def test_without_a_record_the_tokens_are_the_same_and_the_figures_are_missing(folder, tmp_path, capsys):
+    flags = ("--model", folder, "--prompt", "1", "--esamp", "--beta", 2, "--n", 4, "--out", tmp_path / "o")
+    with_, without = [], []
+    for found, extra in ((with_, ()), (without, ("--no-record",))):
+        code, out, _ = run(capsys, *flags, *extra)
+        assert code == 0
+        found += [out, *lines(tmp_path / "o")]
+    assert [e["token_ids"] for e in with_[1:-1]] == [e["token_ids"] for e in without[1:-1]]
+    assert with_[1]["logprob"][0] < 0 and set(without[1]["logprob"]) == {None}
+    assert without[1]["novelty"] == with_[1]["novelty"]
+    summary = without[-1]["summary"]
+    assert summary["moved_tokens"] is summary["kl_nats"] is summary["loss_last_10_steps_if_h1"] is None
+    assert summary["updates"] == with_[-1]["summary"]["updates"] > 0
+    assert "how far was not recorded" in without[0] and "moved" in with_[0]
+
+
 def test_control_characters_are_shown_not_obeyed(folder, capsys):
     (folder / "generation_config.json").write_text(json.dumps({"top_k": "\x1b[2J", "eos_token_id": 2}))
     _, _, err = run(capsys, "--model", folder, "--prompt", "1", "--n", 1)

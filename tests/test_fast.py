@@ -220,6 +220,22 @@ def test_the_stand_in_would_notice_what_a_graph_must_not_do(graphed):
             graphs.run("read", lambda: float(x.sum()))
 
 
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.cuda
+@cuda
+@pytest.mark.parametrize("filters", FILTERS)
+@pytest.mark.parametrize("widths", [(2, 6), (64, 512)])
+def test_cuda_graphs_and_void_steps_are_the_plain_loop(filters, widths, monkeypatch):
+    model, esamp = random_model(TINY).cuda().join(), dataclasses.replace(STRONG, train_every=2)
+    sampling = dataclasses.replace(SHORT, n=6, max_new_tokens=38, **FILTERS[filters])
+    monkeypatch.setattr(decode.Run.__init__, "__defaults__", (widths,))
+    for setting in (None, STRONG, esamp):
+        expected = generate(model, PROMPTS, sampling, setting, eos_ids=EOS, plain=True)
+        close(generate(model, PROMPTS, sampling, setting, eos_ids=EOS), expected)
+
+
 # ------------------------------------------------------------------------------
 # batches that shrink
 # ------------------------------------------------------------------------------

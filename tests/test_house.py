@@ -4,6 +4,7 @@ import ast
 import contextlib
 import importlib
 import io
+import json
 import re
 import subprocess
 import sys
@@ -13,8 +14,10 @@ import torch
 from conftest import ROOT
 
 import decode
+from experiments import cost_model
 
-NESTED = ("work", "upper", "buffer", "weight", "add", "per", "text", "note", "on_step", "tojson", "raise_exception")
+NESTED = ("work", "upper", "buffer", "weight", "add", "per", "text", "note", "on_step", "tojson",
+          "raise_exception")
 ROOMS = ["esamp", "distiller", "model", "train_async", "decode"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -140,6 +143,39 @@ def test_readme_output_is_real():
 def test_readme_says_what_a_distiller_weighs():
     claim = re.search(r"takes (\d+) MB beside a model of width (\d+)", README)
     assert round(decode.ESampConfig().bytes(int(claim[2])) / 1e6) == int(claim[1])
+
+
+def test_readme_ratios_are_the_measured_ones():
+    """Each is the median of three runs of the harness, with the smallest and the largest of the three."""
+    def runs(name):
+        return [json.loads((ROOT / f"experiments/results/{name}_{i}.json").read_text()) for i in (1, 2, 3)]
+
+    def ratio(report, variant):
+        return report["cases"][0]["variants"][variant]["ratio"][1]
+
+    def over_peer(report):
+        speed = {name: run["tok_s"] for name, run in report["cases"][0]["variants"].items()}
+        return speed["vanilla"] / max(v for name, v in speed.items() if name.startswith("transformers"))
+    section = README.split("## How fast")[1].split("\n## ")[0]
+    for words, values in {
+            "64 tokens, min-p 0.05: ESamp": [ratio(r, "ESamp, per prompt") for r in runs("cpu")],
+            "with the record": [ratio(r, "ESamp, recorded") for r in runs("cpu")],
+            "the same: vanilla": [over_peer(r) for r in runs("cpu")],
+            "bundled checkpoint": [over_peer(r) for r in runs("countdown")],
+            "loading 1 GB": [r["loading"]["ratio"][1] for r in runs("loading")]}.items():
+        low, middle, high = sorted(values)
+        line = next(line for line in section.splitlines() if words in line)
+        assert f"| {middle:.2f} ({low:.2f}–{high:.2f}) |" in line, (words, values)
+    tiny = sorted(ratio(r, "ESamp, per prompt") for r in runs("countdown"))[1]
+    assert f"at {tiny:.2f} of" in section.replace("\n", " ")
+    for report in runs("cpu") + runs("countdown"):
+        assert not any(run.get("failed") for run in report["cases"][0]["variants"].values())
+    row = r"\| (\d+)×(\d+)" + 4 * r" \| ([\d.]+)" + r" \|"
+    for P, K, *ratios in re.findall(row, section):
+        found = [cost_model.bound(cost_model.shape("qwen3-8b"), int(P), int(K), 512, scope, train_every=u,
+                                  **cost_model.H200)[2]
+                 for scope, u in (("batch", 1), ("prompt", 1), ("prompt", 8), ("prompt", 64))]
+        assert [f"{x:.3f}" for x in found] == ratios
 
 
 def test_requirements_are_what_is_imported():

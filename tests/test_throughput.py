@@ -81,6 +81,14 @@ def test_the_harness_reports_ratios_with_proof_of_work(report):
     assert "2×6" in shown and "updates, loss" in shown and "FAILED" not in shown
 
 
+def test_a_report_can_be_shown_again(report, tmp_path, capsys):
+    assert throughput.main(["--read", str(report)]) == 0
+    assert capsys.readouterr().out.count("updates, loss") == 3
+    pytest.importorskip("matplotlib")
+    assert throughput.main(["--read", str(report), "--plot", str(tmp_path / "ratios.svg")]) == 0
+    assert (tmp_path / "ratios.svg").stat().st_size > 1000
+
+
 def test_the_cost_model_checks_a_report(report, tmp_path, capsys):
     both = json.loads(report.read_text())
     for run in both["cases"][0]["variants"].values():
