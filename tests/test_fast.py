@@ -307,6 +307,25 @@ def test_a_window_keeps_the_pairs_of_rows_that_left():
         torch.testing.assert_close(one, other, rtol=0, atol=1e-7)
 
 
+def test_a_void_step_leaves_the_window_and_the_distiller_as_they_were():
+    """The host went on to steps 1, 2 and 3 before it learned that step 1 was void."""
+    g, ends = torch.Generator().manual_seed(0), []
+    taps = [(torch.randn(4, 6, generator=g), torch.randn(4, 6, generator=g)) for _ in range(3)]
+    live = torch.tensor([True, True, True, False])
+    for order in ([(0, True), (1, True), (2, True)],
+                  [(0, True), (1, False), (2, False), (3, False), (1, True), (2, True)]):
+        side = AsyncDistiller(Distiller(DistillerConfig(width=5, lr=1e-2), 2, 6), 4, 6, 3)
+        for t, counts in order:
+            shallow, deep = taps[t] if counts else taps[1]
+            side.predict(t, shallow)
+            side.prediction()
+            side.train(t, deep, live & counts)
+        side.finish()
+        ends.append(side.distiller)
+    assert ends[0].step_P.tolist() == [1, 1]
+    assert all(torch.equal(a, b) for a, b in zip(ends[0].state(), ends[1].state(), strict=True))
+
+
 # ------------------------------------------------------------------------------
 # the forward pass
 # ------------------------------------------------------------------------------
