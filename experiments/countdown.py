@@ -1,33 +1,50 @@
 """Countdown: reach a two-digit target from four digits in three steps, e.g. 9875>87: → 7+5=12,12*8=96,96-9=87
 
+With five digits it takes four steps and is harder: 98753>87: → 7+3=10,9*10=90,90-8=82,82+5=87
+
 A task whose answers can be *verified* and where one problem has several, so that a sampler's success (pass@k)
 and its diversity (distinct correct solutions) are both exact counts.
 
-    problem    four digits 1–9, highest first, `>`, a target from 10 to 99, `:`        always eight characters
-    answer     three steps `a∘b=c` joined by commas; ∘ is + − × ÷ (written + - * /), every c is a whole number
-               from 1 to 99, every step uses two of the numbers still on the table, the last c is the target
+    problem    four or five digits 1–9, highest first, `>`, a target from 10 to 99, `:`      8 or 9 characters
+    answer     steps `a∘b=c` joined by commas, one fewer than digits; ∘ is + − × ÷ (written + - * /), every c
+               is a whole number from 1 to 99, every step uses two of the numbers still on the table, the last
+               c is the target
     solution   the expression an answer computes, up to the order of sums and products (`canonical`)
-    split      by the *multiset of digits*: about 8 % of the 495 are held out, so a test problem shares
-               neither digits nor targets-with-those-digits with the training set
+    split      by the *multiset of digits*: about 8 % of the 495 of four digits and 10 % of the 1,287 of
+               five are held out, so a test problem shares neither digits nor targets-with-those-digits with
+               the training set
 """
 
+import functools
 import hashlib
 import itertools
 import re
 
-STEPS = 3
 STEP = re.compile(r"([1-9]\d?)([-+*/])([1-9]\d?)=([1-9]\d?)")
-MULTISETS = tuple(itertools.combinations_with_replacement(range(9, 0, -1), STEPS + 1))
+
+
+def multisets_of(digits):
+    """Every multiset of so many digits 1–9, each highest first: 495 of four, 1,287 of five."""
+    if digits not in (4, 5):
+        raise ValueError(f"digits is {digits!r}; accepted: 4, 5")
+    return tuple(itertools.combinations_with_replacement(range(9, 0, -1), digits))
 
 
 def held_out(digits):
-    """True for the 8 % of digit multisets that no training problem uses; a pure function of the digits."""
+    """True for the multisets (8 to 10 %) that no training problem uses; a pure function of the digits."""
     key = "".join(map(str, sorted(digits, reverse=True)))
     return hashlib.sha256(key.encode()).digest()[0] % 100 < 8
 
 
-TRAIN_MULTISETS = tuple(m for m in MULTISETS if not held_out(m))
-TEST_MULTISETS = tuple(m for m in MULTISETS if held_out(m))
+@functools.cache
+def split(digits):
+    """The multisets of so many digits in two: (those of training problems, those of test problems)."""
+    multisets = multisets_of(digits)
+    return tuple(m for m in multisets if not held_out(m)), tuple(m for m in multisets if held_out(m))
+
+
+MULTISETS = multisets_of(4)
+TRAIN_MULTISETS, TEST_MULTISETS = split(4)
 
 
 def combine(a, operator, b):
@@ -46,11 +63,12 @@ def combine(a, operator, b):
 def simulate(random, digits, fold):
     """A random walk over the table: (target, answer), or None where it leaves 1 … 99 or ends on one digit.
 
-    fold: every step after the first uses the last result, as in ((a∘b)∘c)∘d; otherwise any two numbers.
+    digits: four or five; fold: every step after the first uses the last result, as in ((a∘b)∘c)∘d;
+    otherwise any two numbers.
     """
     table, steps = list(digits), []
     random.shuffle(table)
-    for step in range(STEPS):
+    for step in range(len(digits) - 1):
         if not (fold and step):
             random.shuffle(table)
         a, b = table[0], table[1]
@@ -66,7 +84,7 @@ def simulate(random, digits, fold):
 
 
 def problem(random, multisets, fold_share):
-    """One random (prompt, answer); `fold_share` of them are folded left to right."""
+    """One random (prompt, answer) on digits from `multisets`; `fold_share` are folded left to right."""
     while True:
         digits = random.choice(multisets)
         found = simulate(random, digits, fold=random.random() < fold_share)
@@ -74,11 +92,11 @@ def problem(random, multisets, fold_share):
             return f"{''.join(map(str, digits))}>{found[0]}:", found[1]
 
 
-def test_prompts(random, count):
-    """`count` different held-out prompts, each solvable, from free walks."""
+def test_prompts(random, count, digits=4):
+    """`count` different held-out prompts of so many digits, each solvable, from free walks."""
     prompts = set()
     while len(prompts) < count:
-        prompts.add(problem(random, TEST_MULTISETS, fold_share=0)[0])
+        prompts.add(problem(random, split(digits)[1], fold_share=0)[0])
     return sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
 
 
@@ -95,7 +113,7 @@ def parse(prompt, answer):
     digits, _, target = prompt.rstrip(":").partition(">")
     table = [(int(d), int(d)) for d in digits]                   # (value, tree), newest first
     steps = answer.split(",")
-    if len(steps) != STEPS:
+    if len(steps) != len(table) - 1:
         return None
     for step in steps:
         match = STEP.fullmatch(step)
