@@ -39,7 +39,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import model as model_module
-from distiller import Distiller, DistillerConfig, at_least_one
+from distiller import CHOICES, Batched, DistillerConfig, at_least_one, make_distiller
 from esamp import candidates, divergence, draw, keep_mask, mix_hidden, novelty, reweight, uniform
 from model import DTYPES, KVCache, ModelConfig, read_json
 from train_async import AsyncDistiller, Graphs
@@ -119,12 +119,12 @@ class Generation:
 
     samples: list
     stats: "Stats"
-    distillers: Distiller | None
+    distillers: Batched | None
 
 
 @torch.no_grad()
 def generate(model, prompts, sampling, esamp=None, *, eos_ids, distillers=None, on_step=None, first_prompt=0,
-             record=True, plain=False, overlap=True):
+             record=True, plain=False, overlap=True, policy=None):
     """Draws `sampling.n` samples of each prompt with ESamp, or vanilla where `esamp` is None → `Generation`.
 
     prompts: lists of token ids; eos_ids: the ids that end a sample. distillers: those of an earlier
@@ -133,32 +133,30 @@ def generate(model, prompts, sampling, esamp=None, *, eos_ids, distillers=None, 
     since the last call. first_prompt: where prompts[0] stands in the whole input, which the noise depends on.
     record: also log-probabilities under the model, and how far ESamp moved the distribution. plain: the step
     as the paper writes it, instead of the fast one, which means the same. overlap: the Distiller on a stream
-    of its own, where there are streams. None of the three changes what is drawn.
+    of its own, where there are streams. None of the three changes what is drawn. policy: somebody else's way
+    from logits to tokens, as `experiments.methods` has many: `first(run, ref_BV)` and `step(t, run)` take the
+    place of `first_token` and `esamp_step`.
     ValueError for a prompt that is empty or leaves no room in the context, FloatingPointError for numbers
     that are not finite.
     """
     rows = Rows(model, prompts, sampling, eos_ids, first_prompt)
     ledger, side, width_D = Ledger(rows, record), None, model.config.hidden_size
+    cache, ref_BV, pairs = prefill(model, prompts, sampling.n, rows.steps)
     if esamp:
-        count = len(prompts) if esamp.scope == "prompt" else 1
-        distillers = distillers or Distiller(esamp, count, width_D, rows.device)
-        held = tuple(distillers.down[0].shape[:2])
-        if held != (count, width_D):
-            raise ValueError(f"distillers holds {held[0]} of width {held[1]}; expected {count} of {width_D}")
+        distillers = ready(distillers, esamp, pairs)
         before = int(distillers.step_P.sum())
         window = min(esamp.train_every, rows.steps)                     # a longer one would never fill
         side = AsyncDistiller(distillers, rows.count, width_D, window, rows.device, overlap)
-        ledger.watch(count, width_D)
-    cache, ref_BV = prefill(model, prompts, sampling.n, rows.steps)
-    plain = plain or rows.device.type == "mps"                          # which has no fp64
+        ledger.watch(len(distillers.step_P), width_D)
+    plain = plain or policy is not None or rows.device.type == "mps"    # which has no fp64
     run = Run(model, rows, ledger, cache, side, esamp.beta if esamp else 0.0, plain)
-    step = (esamp_step if esamp else vanilla_step) if plain else fast_step
-    token_B = rows.draw(masked(ref_BV, rows.keep(ref_BV)))              # the first token is the plain LLM's
-    ledger.write(token_B, rows.live_B, of_ref(run, ref_BV, token_B))
-    rows.advance(token_B)
+    first, step = first_token, (esamp_step if esamp else vanilla_step) if plain else fast_step
+    if policy is not None:
+        first, step = policy.first, policy.step
+    first(run, ref_BV)
     t, finished = run.look(0)
     try:
-        with torch.cuda.device_of(token_B):                             # its streams are the current ones
+        with torch.cuda.device_of(rows.token_B):                        # its streams are the current ones
             while True:
                 if on_step:
                     on_step(t, finished)
@@ -173,6 +171,27 @@ def generate(model, prompts, sampling, esamp=None, *, eos_ids, distillers=None, 
             run.side.finish()
     stats = ledger.stats(int(distillers.step_P.sum()) - before if esamp else 0)
     return Generation(sorted(ledger.samples, key=lambda s: (s.prompt, s.sample)), stats, distillers)
+
+
+def ready(distillers, esamp, pairs):
+    """The run's Distillers: those given, if they fit; else new ones, maybe trained on the prompts."""
+    P, _, width_D = pairs[0].shape
+    count = P if esamp.scope == "prompt" else 1
+    if distillers is None:
+        distillers = make_distiller(esamp, count, width_D, pairs[0].device)
+        if esamp.warm:
+            distillers.train(*(x.view(count, -1, *x.shape[2:]) for x in pairs))
+    held = len(distillers.step_P), distillers.width_D
+    if held != (count, width_D):
+        raise ValueError(f"distillers holds {held[0]} of width {held[1]}; expected {count} of {width_D}")
+    return distillers
+
+
+def first_token(run, ref_BV):
+    """The token after the prompt is the plain LLM's."""
+    token_B = run.rows.draw(masked(ref_BV, run.rows.keep(ref_BV)))
+    run.ledger.write(token_B, run.rows.live_B, of_ref(run, ref_BV, token_B))
+    run.rows.advance(token_B)
 
 
 def esamp_step(t, run):
@@ -208,18 +227,22 @@ def masked(logits_BV, keep_BV):
 
 
 def prefill(model, prompts, samples, steps):
-    """Runs every prompt once for all of its samples: (cache of B rows, ref (B, V) after the prompt).
+    """Runs every prompt once for all of its samples: (cache of B rows, ref (B, V) after the prompt, pairs).
 
+    pairs: h¹ and h^L of the prompts' positions, (P, L, D) fp32 each, and which of these are real, (P, L).
     Prompts are padded on the right; a real token sees only what is left of it, so padding changes nothing.
     """
     device, lengths = model.head_weight.device, [len(prompt) for prompt in prompts]
     padded = [list(prompt) + [0] * (max(lengths) - len(prompt)) for prompt in prompts]
     cache = KVCache(model.config, len(prompts), max(lengths), device, model.head_weight.dtype)
-    deep_PLD = model.upper(model.lower(torch.tensor(padded, device=device), cache), cache)
+    shallow_PLD = model.lower(torch.tensor(padded, device=device), cache)
+    deep_PLD = model.upper(shallow_PLD, cache)
     last_P = torch.tensor(lengths, device=device) - 1
     last_PD = deep_PLD[torch.arange(len(prompts), device=device), last_P]
     ref_BV = model.head(last_PD).repeat_interleave(samples, dim=0)
-    return cache.repeat(samples, lengths, max(lengths) + steps), ref_BV
+    real_PL = torch.arange(max(lengths), device=device) <= last_P[:, None]
+    pairs = shallow_PLD.float(), deep_PLD.float(), real_PL
+    return cache.repeat(samples, lengths, max(lengths) + steps), ref_BV, pairs
 
 
 class Rows:
@@ -1017,9 +1040,10 @@ FLAGS = {       # field: (flag, help); type and default are the field's own
     },
     ESampConfig: {
         "beta": ("--beta", "strength of ESamp; 0 is vanilla"),
+        "kind": ("--distiller", "the paper's network, or recursive least squares"),
         "scope": ("--distiller-scope", "one Distiller per prompt, or one per batch of prompts"),
-        "width": ("--distiller-width", "inner width of the Distiller"),
-        "lr": ("--distiller-lr", "learning rate of the Distiller"),
+        "width": ("--distiller-width", "inner width of the Distiller; of rls the number of random features"),
+        "lr": ("--distiller-lr", "learning rate of the Distiller; rls has none"),
         "train_every": ("--train-every", "steps whose pairs share one update of the Distiller"),
     },
 }
@@ -1060,7 +1084,7 @@ def build_parser():
             kind = next(k for k in (int, float, str) if k.__name__ in hint)
             shown = "off" if default is None else default
             group.add_argument(flag, dest=name, type=kind, default=default, help=f"{text} (default: {shown})",
-                metavar={int: "N", float: "X", str: "{prompt,batch}"}[kind])
+                metavar={int: "N", float: "X"}.get(kind) or "{" + ",".join(CHOICES[name]) + "}")
     add = parser.add_argument_group("how it runs").add_argument
     add("--batch-prompts", type=int, default=1, metavar="N", help="prompts decoded together (default: 1)")
     add("--device", help="cpu, cuda, cuda:N or mps (untested) (default: cuda if there is one, else cpu)")

@@ -1,15 +1,16 @@
-"""The Distiller: a two-block SwiGLU network that learns, while an LLM decodes, to predict h^L from h¹.
+"""The Distiller learns, while an LLM decodes, to predict h^L from h¹: the paper's network, and a closed form.
 
     eq.  3    ĥ = f_φ(h¹)                                          `Distiller.predict`
     eq. 10    mean over live rows of ‖h^L − f_φ(h¹)‖²              `loss`
     E.2       two gated blocks, each x + down(silu(gate x) ⊙ up x), D → 384 → D      `Distiller.predict`
     E.2       Adam, lr 4e-4, ε 1e-4, gradient norm clipped to 0.5, per Distiller     `Distiller.train`
+    –         not in the paper: ridge regression on fixed features, exact every step `LeastSquares`
 
 The P Distillers of P prompts are one batched module: every product is a batched one, and nothing (loss, clip
 norm, moments, step count) crosses from one Distiller to another. All start from the same seeded weights, so
 what a prompt gets does not depend on its neighbours. One Distiller for a whole batch is P = 1.
 
-Shapes: P Distillers, K rows of each, D width of the LLM, R inner width. All is fp32 whatever the LLM's dtype:
+Shapes: P Distillers, K rows of each, D width of the LLM, R inner width, F features. All is fp32 whatever the LLM's dtype:
 a step of 4e-4 on a bf16 weight near 1 rounds to nothing. Knows nothing of time: `train_async` decides when.
 """
 
@@ -23,7 +24,8 @@ from torch import nn
 BLOCKS = 2
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-4                    # Adam's; ε is the paper's (E.2)
 CLIP_NORM = 0.5                                         # of one Distiller's whole gradient (E.2)
-SCOPES = ("prompt", "batch")
+LINEAR = 64                                             # linear features of rls, at most
+CHOICES = {"kind": ("swiglu", "rls"), "scope": ("prompt", "batch")}
 
 
 def at_least_one(name, value):
@@ -36,9 +38,12 @@ def at_least_one(name, value):
 class DistillerConfig:
     """The Distiller's knobs; a ValueError names the one out of range."""
 
+    kind: str = "swiglu"           # the paper's network, or "rls": `LeastSquares`
     scope: str = "prompt"          # one Distiller per "prompt", or per "batch" of prompts decoded together
-    width: int = 384               # inner width R
+    width: int = 384               # inner width R; of rls the number of random features
     lr: float = 4e-4               # Adam's learning rate
+    ridge: float = 1.0             # of rls
+    warm: bool = False             # begin with a step on the prompt's own pairs, which the paper leaves out
     train_every: int = 1           # steps whose pairs share one update
     seed: int = 0                  # of the initial weights
     zero_init: bool = False        # down = 0, so that f starts as the identity
@@ -46,17 +51,24 @@ class DistillerConfig:
     def __post_init__(self):
         at_least_one("width", self.width)
         at_least_one("train_every", self.train_every)
-        if not (type(self.lr) in (int, float) and 0 < self.lr < math.inf):
-            raise ValueError(f"lr is {self.lr!r}; accepted: finite numbers above 0")
+        for name in ("lr", "ridge"):
+            value = getattr(self, name)
+            if not (type(value) in (int, float) and 0 < value < math.inf):
+                raise ValueError(f"{name} is {value!r}; accepted: finite numbers above 0")
         if not (type(self.seed) is int and 0 <= self.seed < 2 ** 63):
             raise ValueError(f"seed is {self.seed!r}; accepted: whole numbers from 0 to 2^63 - 1")
-        if not isinstance(self.zero_init, bool):
-            raise ValueError(f"zero_init is {self.zero_init!r}; accepted: True and False")
-        if self.scope not in SCOPES:
-            raise ValueError(f"scope is {self.scope!r}; accepted: {', '.join(SCOPES)}")
+        for name in ("warm", "zero_init"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; accepted: True and False")
+        for name, accepted in CHOICES.items():
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; accepted: {', '.join(accepted)}")
 
     def bytes(self, width_D):
-        """Bytes of one Distiller for an LLM of width D: weights, Adam's two moments, gradient; all fp32."""
+        """Bytes of one Distiller for an LLM of width D, fp32: weights, Adam's two moments, gradient; U, W."""
+        if self.kind == "rls":
+            features = min(width_D, LINEAR) + self.width + 1
+            return 4 * features * (features + width_D)
         return 4 * 4 * BLOCKS * 3 * width_D * self.width
 
 
@@ -69,8 +81,28 @@ def loss(deep_PKD, predicted_PKD, live_PK):
     return torch.where(live_PK, error_PK, 0).sum(-1) / live_PK.sum(-1).clamp(min=1)
 
 
-class Distiller(nn.Module):
+class Batched(nn.Module):
+    """What both kinds of Distiller share: `step_P`, and copies of some of the P."""
+
+    @torch.no_grad()
+    def take(self, index_P):
+        """A copy of some of the Distillers; `put` returns them."""
+        some = type(self)(self.config, len(index_P), self.width_D, self.step_P.device, self.dtype)
+        for mine, theirs in zip(self.state(), some.state(), strict=True):
+            theirs.copy_(mine[index_P])
+        return some
+
+    @torch.no_grad()
+    def put(self, index_P, some):
+        """Overwrites the Distillers at `index_P`."""
+        for mine, theirs in zip(self.state(), some.state(), strict=True):
+            mine[index_P] = theirs
+
+
+class Distiller(Batched):
     """P Distillers with their Adam state. `step_P` counts each one's updates."""
+
+    blocks = BLOCKS
 
     def __init__(self, config, prompts, width_D, device="cpu", dtype=torch.float32):
         super().__init__()
@@ -82,10 +114,10 @@ class Distiller(nn.Module):
             return nn.Parameter(values.to(device, dtype).repeat(prompts, 1, 1))
 
         self.gate_up, self.down = nn.ParameterList(), nn.ParameterList()
-        for _ in range(BLOCKS):
+        for _ in range(self.blocks):
             self.gate_up.append(weight(2 * R, width_D))          # (P, 2R, D): gate above up
             self.down.append(weight(width_D, R, config.zero_init))
-        self.config, self.width_D = config, width_D
+        self.config, self.width_D, self.dtype = config, width_D, dtype
         self.first = [torch.zeros_like(p) for p in self.parameters()]
         self.second = [torch.zeros_like(p) for p in self.parameters()]
         self.step_P = torch.zeros(prompts, dtype=torch.int64, device=device)
@@ -93,20 +125,6 @@ class Distiller(nn.Module):
     def state(self):
         """All that an update may write, each with the Distillers on its first axis."""
         return [*self.parameters(), *self.first, *self.second, self.step_P]
-
-    @torch.no_grad()
-    def take(self, index_P):
-        """A copy of some of the Distillers; `put` returns them."""
-        some = Distiller(self.config, len(index_P), self.width_D, self.step_P.device, self.down[0].dtype)
-        for mine, theirs in zip(self.state(), some.state(), strict=True):
-            theirs.copy_(mine[index_P])
-        return some
-
-    @torch.no_grad()
-    def put(self, index_P, some):
-        """Overwrites the Distillers at `index_P`."""
-        for mine, theirs in zip(self.state(), some.state(), strict=True):
-            mine[index_P] = theirs
 
     def predict(self, shallow_PKD):
         """ĥ = f_φ(h¹): two blocks of x + down(silu(gate x) ⊙ up x), each Distiller on its rows (eq. 3)."""
@@ -133,9 +151,13 @@ class Distiller(nn.Module):
         predicted_PDK, trace = self._forward(shallow_PKD)
         loss_P = loss(deep_PKD, predicted_PDK.mT, live_PK)
         count_P11 = live_PK.sum(-1).clamp(min=1)[:, None, None]
-        slope_PDK = torch.where(live_PK[:, None], predicted_PDK - deep_PKD.mT, 0) * (2 / count_P11)
+        slope_PDK = torch.where(live_PK[:, None], self.slope(deep_PKD.mT, predicted_PDK), 0) / count_P11
         self._adam(*self._gradients(slope_PDK, trace), live_PK.any(-1))
         return loss_P
+
+    def slope(self, deep_PDK, predicted_PDK):
+        """∂‖h^L − ĥ‖²/∂ĥ of each row, rows as columns."""
+        return 2 * (predicted_PDK - deep_PDK)
 
     def _gradients(self, slope_PDK, trace):
         """The chain rule from ∂loss/∂ĥ down: each weight's gradient as factors (left, right) of left·rightᵀ.
@@ -144,7 +166,7 @@ class Distiller(nn.Module):
         from them: ‖left·rightᵀ‖² = Σ (leftᵀleft ⊙ rightᵀright).
         """
         for_gate_up, for_down = [], []
-        for block in reversed(range(BLOCKS)):
+        for block in reversed(range(self.blocks)):
             x_PDK, gate_PRK, up_PRK, inner_PRK = trace[block]
             for_down.insert(0, (slope_PDK, inner_PRK))
             back_PRK, share_PRK = self.down[block].mT @ slope_PDK, gate_PRK.sigmoid()
@@ -175,3 +197,73 @@ class Distiller(nn.Module):
             torch._fused_adam_(weights, slopes, firsts, seconds, [], [seen_P[p]] * len(weights),
                                lr=self.config.lr, beta1=BETA1, beta2=BETA2, weight_decay=0.0, eps=EPS,
                                amsgrad=False, maximize=False, found_inf=idle_P[p])
+
+
+class LeastSquares(Batched):
+    """ĥ = F W: ridge regression of h^L on fixed features F of h¹, over all live pairs so far, at every step.
+
+        F = [h̃ C, silu(h̃ A) ⊙ (h̃ B), 1],   h̃ = h¹/rms(h¹);   W = argmin Σ‖h^L − F W‖² + ridge·‖W‖²
+
+    Not in the paper: its Distiller needs hundreds of steps to fit, this one has fitted a pair after one. A
+    and B (R columns) and C are fixed and shared; C is the identity up to D = 64, 64 random columns beyond.
+    Recursive least squares holds the inverse of ridge·I + ΣFᵀF, here as a square root: U Uᵀ is symmetric and
+    positive whatever rounding does. A step with rows F and targets Y: V = F U, LLᵀ = I + V Vᵀ, E = Y − F W,
+
+        W ← W + U Vᵀ(LLᵀ)⁻¹ E,   U ← U − U Vᵀ L⁻ᵀ(L + I)⁻¹ V
+    """
+
+    def __init__(self, config, prompts, width_D, device="cpu", dtype=torch.float32):
+        super().__init__()
+        source, R, C = torch.Generator().manual_seed(config.seed), config.width, min(width_D, LINEAR)
+
+        def normal(columns):                            # N(0, 1/D): a column of h̃ times it has variance 1
+            values = torch.randn(width_D, columns, generator=source, dtype=torch.float64)
+            return (values / math.sqrt(width_D)).to(device, dtype)
+        self.config, self.width_D, self.dtype = config, width_D, dtype
+        self.gate_DR, self.up_DR, self.project_DC = normal(R), normal(R), normal(C)
+        if C == width_D:
+            self.project_DC = torch.eye(C, device=device, dtype=dtype)
+        eye_FF = torch.eye(C + R + 1, device=device, dtype=dtype)
+        self.root_PFF = (eye_FF / math.sqrt(config.ridge)).repeat(prompts, 1, 1)
+        self.weight_PFD = torch.zeros(prompts, C + R + 1, width_D, device=device, dtype=dtype)
+        self.step_P = torch.zeros(prompts, dtype=torch.int64, device=device)
+
+    def state(self):
+        """All that an update may write, each with the Distillers on its first axis."""
+        return [self.root_PFF, self.weight_PFD, self.step_P]
+
+    def features(self, shallow_PKD):
+        """F (P, K, F) of the rows' h¹."""
+        x = shallow_PKD * torch.rsqrt(shallow_PKD.square().mean(-1, keepdim=True) + 1e-6)
+        gated_PKR = F.silu(x @ self.gate_DR) * (x @ self.up_DR)
+        return torch.cat((x @ self.project_DC, gated_PKR, torch.ones_like(x[..., :1])), dim=-1)
+
+    def predict(self, shallow_PKD):
+        """ĥ = F W, each Distiller on its rows; 0 before the first update."""
+        return self.features(shallow_PKD) @ self.weight_PFD
+
+    @torch.no_grad()
+    def train(self, shallow_PKD, deep_PKD, live_PK):
+        """Adds the live pairs to the regression; returns the loss before it (P,). As `Distiller.train`."""
+        shallow_PKD, deep_PKD = (torch.where(live_PK[..., None], x, 0) for x in (shallow_PKD, deep_PKD))
+        rows_PKF = self.features(shallow_PKD) * live_PK[..., None]
+        predicted_PKD = rows_PKF @ self.weight_PFD
+        v_PKF = rows_PKF @ self.root_PFF
+        eye_KK = torch.eye(v_PKF.shape[1], device=v_PKF.device, dtype=v_PKF.dtype)
+        lower_PKK = torch.linalg.cholesky_ex(eye_KK + v_PKF @ v_PKF.mT).L           # at least I: always there
+
+        def solve(triangle, right):
+            return torch.linalg.solve_triangular(triangle, right, upper=False)
+        gain_PFK = solve(lower_PKK, v_PKF @ self.root_PFF.mT).mT                    # U Vᵀ L⁻ᵀ
+        self.weight_PFD += gain_PFK @ solve(lower_PKK, deep_PKD - predicted_PKD)
+        self.root_PFF -= gain_PFK @ solve(lower_PKK + eye_KK, v_PKF)
+        self.step_P += live_PK.any(-1)
+        return loss(deep_PKD, predicted_PKD, live_PK)
+
+
+MADE_BY = {"swiglu": Distiller, "rls": LeastSquares}
+
+
+def make_distiller(config, prompts, width_D, device="cpu"):
+    """The Distillers of P prompts, of the config's kind."""
+    return MADE_BY[config.kind](config, prompts, width_D, device)

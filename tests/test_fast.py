@@ -23,6 +23,7 @@ PROMPTS = [[1, 2, 3, 4, 5], [9, 8], [7, 7, 7, 30, 2, 2, 1]]
 EOS = {4, 11, 12}
 SHORT = SamplingConfig(n=3, max_new_tokens=14, seed=5)
 STRONG = ESampConfig(beta=1.5, width=16, lr=1e-2)
+CLOSED = ESampConfig(beta=1.5, width=16, kind="rls", warm=True)
 FILTERS = {"none": {}, "min-p": dict(min_p=0.08), "top-k": dict(top_k=5), "top-p": dict(top_p=0.7),
            "all": dict(top_k=12, top_p=0.9, min_p=0.02), "greedy": dict(temperature=0.0, top_k=4)}
 
@@ -75,7 +76,8 @@ def test_candidates_are_keep_masks_where_they_say_so(seed, width, T, top_k, top_
 
 @pytest.mark.parametrize("filters", FILTERS)
 @pytest.mark.parametrize("esamp", [None, STRONG, dataclasses.replace(STRONG, scope="batch"),
-                                   dataclasses.replace(STRONG, train_every=3)])
+                                   dataclasses.replace(STRONG, train_every=3), CLOSED,
+                                   dataclasses.replace(CLOSED, scope="batch", train_every=3)])
 def test_fast_is_plain(tiny, filters, esamp):
     sampling = dataclasses.replace(SHORT, **FILTERS[filters])
     fast = generate(tiny, PROMPTS, sampling, esamp, eos_ids=EOS)

@@ -17,7 +17,7 @@ import decode
 from experiments import cost_model
 
 NESTED = ("work", "upper", "buffer", "weight", "add", "per", "text", "note", "on_step", "tojson",
-          "raise_exception")
+          "raise_exception", "normal", "solve")
 ROOMS = ["esamp", "distiller", "model", "train_async", "decode"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -127,19 +127,20 @@ def run(lane=Lane, sampling=SAMPLING, **knobs):
         patch.setattr(train_async, "Lane", lane)
         esamp = ESampConfig(**dict(dict(beta=2.0, width=16, lr=1e-2), **knobs))
         result = generate(MODEL, PROMPTS, sampling, esamp, eos_ids={4, 11})
-    weights = [w.detach().clone() for w in result.distillers.parameters()]
+    weights = [w.detach().clone() for w in result.distillers.state()]
     return [(s.token_ids, s.novelty) for s in result.samples], weights
 
 
-SERIAL = {(u, scope): run(train_every=u, scope=scope) for u in (1, 4) for scope in ("prompt", "batch")}
+SERIAL = {(u, scope, kind): run(train_every=u, scope=scope, kind=kind)
+          for u in (1, 4) for scope in ("prompt", "batch") for kind in ("swiglu", "rls")}
 
 
 @given(st.lists(st.integers(0, 3), min_size=60, max_size=60), st.sampled_from(sorted(SERIAL)))
 @settings(max_examples=40)
 def test_any_delay_gives_the_serial_tokens_bit_for_bit(choices, setting):
     lane = delayed(choices)
-    train_every, scope = setting
-    tokens, weights = run(lane, train_every=train_every, scope=scope)
+    train_every, scope, kind = setting
+    tokens, weights = run(lane, train_every=train_every, scope=scope, kind=kind)
     assert tokens == SERIAL[setting][0]
     assert all(torch.equal(a, b) for a, b in zip(weights, SERIAL[setting][1], strict=True))
     assert lane.late > 0
@@ -147,7 +148,7 @@ def test_any_delay_gives_the_serial_tokens_bit_for_bit(choices, setting):
 
 def test_the_delayed_lane_would_notice(monkeypatch):
     """Training on main's own buffer, or a prediction not waited for: the longest delay changes the run."""
-    lengths = {len(t) for t, _ in SERIAL[1, "prompt"][0]}
+    lengths = {len(t) for t, _ in SERIAL[1, "prompt", "swiglu"][0]}
     assert len(lengths) > 2                              # ragged finishing is part of the test
 
     class NoCopy(AsyncDistiller):
@@ -155,10 +156,10 @@ def test_the_delayed_lane_would_notice(monkeypatch):
             self.held_BD = self.shallow_BD
             super()._train(at)
     monkeypatch.setattr(decode, "AsyncDistiller", NoCopy)
-    assert run(delayed([]))[0] != SERIAL[1, "prompt"][0]
+    assert run(delayed([]))[0] != SERIAL[1, "prompt", "swiglu"][0]
     hasty = type("Hasty", (AsyncDistiller,), {"prediction": lambda self: self.predicted_BD})
     monkeypatch.setattr(decode, "AsyncDistiller", hasty)
-    assert run(delayed([]))[0] != SERIAL[1, "prompt"][0]
+    assert run(delayed([]))[0] != SERIAL[1, "prompt", "swiglu"][0]
 
 
 def test_the_step_predicts_with_all_earlier_windows_and_no_other_pairs():
@@ -240,7 +241,7 @@ def test_the_cuda_branch_of_the_lane_speaks_to_its_streams(monkeypatch):
         def __init__(self, device, overlap):
             super().__init__("cuda", overlap)
             self.graphs.on = False
-    assert run(Pretend)[0] == SERIAL[1, "prompt"][0]
+    assert run(Pretend)[0] == SERIAL[1, "prompt", "swiglu"][0]
 
 
 # ------------------------------------------------------------------------------
