@@ -10,8 +10,8 @@ The P Distillers of P prompts are one batched module: every product is a batched
 norm, moments, step count) crosses from one Distiller to another. All start from the same seeded weights, so
 what a prompt gets does not depend on its neighbours. One Distiller for a whole batch is P = 1.
 
-Shapes: P Distillers, K rows of each, D width of the LLM, R inner width, F features. All is fp32 whatever the LLM's
-dtype: a step of 4e-4 on a bf16 weight near 1 rounds to nothing. When they work is `train_async`'s affair.
+Shapes: P Distillers, K rows of each, D width of the LLM, R inner width, F features. All is fp32 whatever the
+LLM's dtype: a step of 4e-4 on a bf16 weight near 1 rounds to nothing. When they work, `train_async` decides.
 """
 
 import math

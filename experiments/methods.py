@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import decode
-from decode import ESampConfig, SamplingConfig, generate, masked, of_esamp, of_ref, prefill
-from distiller import CHOICES, Batched, Distiller
+from decode import ESampConfig, SamplingConfig, generate, in_range, masked, of_esamp, of_ref, prefill
+from distiller import CHOICES, Batched, Distiller, at_least_one
 from esamp import draw, keep_mask, mix_hidden, novelty, over, reweight
 
 PLAIN = ("vanilla", "typical", "edt", "contrastive")    # these have no Distiller
@@ -67,6 +67,15 @@ class Setting:
                                       ("distiller", self.distiller, (*CHOICES["kind"], *PREDICTORS))):
             if value not in accepted:
                 raise ValueError(f"{name} is {value!r}; accepted: {', '.join(accepted)}")
+        if self.method == "vocabulary" and self.distiller != "swiglu":
+            raise ValueError(f"distiller is {self.distiller!r}; method vocabulary accepts swiglu alone")
+        at_least_one("waves", self.waves)
+        in_range("ramp", self.ramp, 0, math.inf)
+        in_range("theta", self.theta, 0, math.inf)
+        for name in ("typical_p", "alpha"):
+            in_range(name, getattr(self, name), 0, 1, above=True)
+        if self.first_temperature is not None:
+            in_range("first_temperature", self.first_temperature, 0, math.inf)
         self.sampling(1, 1, 0), self.esamp(0)
 
     def sampling(self, n, max_new_tokens, seed):
