@@ -51,7 +51,7 @@ from model import load
 HERE = Path(__file__).resolve().parent
 MAJORITIES = (8, 16, 32)
 DRAWS = 200                                             # subsets behind each maj@k
-DEVELOPMENT, PROBLEMS = 160, 400                        # of one list of Countdown problems; the rest: held out
+DEVELOPMENT, PROBLEMS = 160, 400       # of one list of Countdown problems; the rest is held out
 FIXED = ("table", "task", "split", "prompts", "chunk", "n", "max_new_tokens", "digits", "seeds", "model",
          "weights", "embedder")                         # what one file holds one of
 WHERE = ("commit", "machine", "torch", "threads")       # what is told of each run that wrote to it
