@@ -24,7 +24,6 @@ from torch import nn
 BLOCKS = 2
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-4                    # Adam's; ε is the paper's (E.2)
 CLIP_NORM = 0.5                                         # of one Distiller's whole gradient (E.2)
-LINEAR = 64                                             # linear features of rls, at most
 CHOICES = {"kind": ("swiglu", "rls"), "scope": ("prompt", "batch")}
 
 
@@ -42,7 +41,9 @@ class DistillerConfig:
     scope: str = "prompt"          # one Distiller per "prompt", or per "batch" of prompts decoded together
     width: int = 384               # inner width R; of rls the number of random features
     lr: float = 4e-4               # Adam's learning rate
-    ridge: float = 1.0             # of rls
+    ridge: float = 1.0             # of rls, as the next two
+    linear: int = 64               # its linear features: all D where there are no more, else a projection
+    forget: float = 1.0            # weight that a pair keeps from one update to the next
     warm: bool = False             # begin with a step on the prompt's own pairs, which the paper leaves out
     train_every: int = 1           # steps whose pairs share one update
     seed: int = 0                  # of the initial weights
@@ -51,6 +52,10 @@ class DistillerConfig:
     def __post_init__(self):
         at_least_one("width", self.width)
         at_least_one("train_every", self.train_every)
+        if not (type(self.linear) is int and 0 <= self.linear < 2 ** 31):
+            raise ValueError(f"linear is {self.linear!r}; accepted: whole numbers from 0 to 2^31 - 1")
+        if not (type(self.forget) in (int, float) and 0 < self.forget <= 1):
+            raise ValueError(f"forget is {self.forget!r}; accepted: numbers above 0 to 1")
         for name in ("lr", "ridge"):
             value = getattr(self, name)
             if not (type(value) in (int, float) and 0 < value < math.inf):
@@ -67,7 +72,7 @@ class DistillerConfig:
     def bytes(self, width_D):
         """Bytes of one Distiller for an LLM of width D, fp32: weights, Adam's two moments, gradient; U, W."""
         if self.kind == "rls":
-            features = min(width_D, LINEAR) + self.width + 1
+            features = min(width_D, self.linear) + self.width + 1
             return 4 * features * (features + width_D)
         return 4 * 4 * BLOCKS * 3 * width_D * self.width
 
@@ -205,7 +210,7 @@ class LeastSquares(Batched):
         F = [h̃ C, silu(h̃ A) ⊙ (h̃ B), 1],   h̃ = h¹/rms(h¹);   W = argmin Σ‖h^L − F W‖² + ridge·‖W‖²
 
     Not in the paper: its Distiller needs hundreds of steps to fit, this one has fitted a pair after one. A
-    and B (R columns) and C are fixed and shared; C is the identity up to D = 64, 64 random columns beyond.
+    and B (R columns) and C are fixed and shared; C is the identity up to D = `linear`, random columns beyond.
     Recursive least squares holds the inverse of ridge·I + ΣFᵀF, here as a square root: U Uᵀ is symmetric and
     positive whatever rounding does. A step with rows F and targets Y: V = F U, LLᵀ = I + V Vᵀ, E = Y − F W,
 
@@ -214,7 +219,7 @@ class LeastSquares(Batched):
 
     def __init__(self, config, prompts, width_D, device="cpu", dtype=torch.float32):
         super().__init__()
-        source, R, C = torch.Generator().manual_seed(config.seed), config.width, min(width_D, LINEAR)
+        source, R, C = torch.Generator().manual_seed(config.seed), config.width, min(width_D, config.linear)
 
         def normal(columns):                            # N(0, 1/D): a column of h̃ times it has variance 1
             values = torch.randn(width_D, columns, generator=source, dtype=torch.float64)
@@ -248,6 +253,8 @@ class LeastSquares(Batched):
         shallow_PKD, deep_PKD = (torch.where(live_PK[..., None], x, 0) for x in (shallow_PKD, deep_PKD))
         rows_PKF = self.features(shallow_PKD) * live_PK[..., None]
         predicted_PKD = rows_PKF @ self.weight_PFD
+        if self.config.forget < 1:                      # old pairs, and with them the ridge, weigh less
+            self.root_PFF /= math.sqrt(self.config.forget)
         v_PKF = rows_PKF @ self.root_PFF
         eye_KK = torch.eye(v_PKF.shape[1], device=v_PKF.device, dtype=v_PKF.dtype)
         lower_PKK = torch.linalg.cholesky_ex(eye_KK + v_PKF @ v_PKF.mT).L           # at least I: always there

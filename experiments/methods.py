@@ -13,7 +13,8 @@ Knobs that compose with any of them: `first_temperature` makes the first token h
 T = 30 among the 16 likeliest), `waves` draws the n samples in that many rounds, of which each gets the last
 one's Distillers, `ramp` lets β grow to its value over the first steps. `distiller` also takes predictors that
 exist only for comparison: `mean` (the running mean of h^L, no learning), `swiglu4` (four blocks), `mlp` (four
-plain layers; T17). OverRIDE is not here: its published definition could not be checked.
+plain layers; T17), `rls_raw` (the closed form without its normalisation). OverRIDE is not here: its published
+definition could not be checked.
 
 All draw with the noise of `esamp.uniform`: two settings at the same seed differ by their mathematics alone.
 Shapes as in `decode`.
@@ -29,7 +30,7 @@ from torch import nn
 
 import decode
 from decode import ESampConfig, SamplingConfig, generate, in_range, masked, of_esamp, of_ref, prefill
-from distiller import CHOICES, Batched, Distiller, at_least_one
+from distiller import CHOICES, Batched, Distiller, LeastSquares, at_least_one
 from esamp import draw, keep_mask, mix_hidden, novelty, over, reweight
 
 PLAIN = ("vanilla", "typical", "edt", "contrastive")    # these have no Distiller
@@ -54,6 +55,8 @@ class Setting:
     width: int | None = None                            # None: the Distiller's own default, as for the rates
     lr: float | None = None
     ridge: float | None = None
+    linear: int | None = None
+    forget: float | None = None
     warm: bool | None = None
     ramp: int = 0                                       # steps until β has its value
     waves: int = 1                                      # rounds that share the Distillers
@@ -86,8 +89,8 @@ class Setting:
         """Its `ESampConfig`; None for a method without a Distiller."""
         if self.method in PLAIN:
             return None
-        own = {name: getattr(self, name) for name in ("width", "lr", "ridge", "warm")}
-        kind = self.distiller if self.distiller in CHOICES["kind"] else "swiglu"
+        own = {name: getattr(self, name) for name in ("width", "lr", "ridge", "linear", "forget", "warm")}
+        kind = {"rls": "rls", "rls_raw": "rls"}.get(self.distiller, "swiglu")
         return ESampConfig(beta=float(self.beta), kind=kind, scope=self.scope, seed=seed,
                            **{name: value for name, value in own.items() if value is not None})
 
@@ -240,6 +243,16 @@ class RunningMean(Batched):
         self.step_P += live_PK.any(1)
 
 
+class RawLeastSquares(LeastSquares):
+    """The closed form on h¹ as it is, not divided by its rms."""
+
+    def features(self, shallow_PKD):
+        """F (P, K, F)."""
+        gated_PKR = F.silu(shallow_PKD @ self.gate_DR) * (shallow_PKD @ self.up_DR)
+        one_PK1 = torch.ones_like(gated_PKR[..., :1])
+        return torch.cat((shallow_PKD @ self.project_DC, gated_PKR, one_PK1), dim=-1)
+
+
 class FourBlocks(Distiller):
     """The paper's Distiller with four blocks instead of two (T17)."""
 
@@ -293,7 +306,7 @@ class Vocabulary(Distiller):
         return W.mT @ ((W @ predicted_PDK).softmax(1) - (W @ deep_PDK).softmax(1))
 
 
-PREDICTORS = {"mean": RunningMean, "swiglu4": FourBlocks, "mlp": Mlp}
+PREDICTORS = {"rls_raw": RawLeastSquares, "mean": RunningMean, "swiglu4": FourBlocks, "mlp": Mlp}
 
 
 def special_distillers(setting, esamp, model, prompts):

@@ -48,16 +48,21 @@ def esamp(*betas, label="esamp", **knobs):
     return [Setting(f"{label} β {beta:g}", "esamp", beta=beta, **knobs) for beta in betas]
 
 
-ESAMP = (
-    *esamp(0.1, 0.25, 0.5),
-    *esamp(0.25, 0.5, 0.75, label="rls", distiller="rls"),
+def rls(*betas, label="rls", **knobs):
+    """The closed-form Distiller as chosen in `stories_development`."""
+    return esamp(*betas, label=label, **CHOSEN | knobs)
+
+
+CHOSEN = dict(distiller="rls", warm=True)               # the rest is the Distiller's default
+STORY_GRID = vanilla(0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
+COUNTDOWN_GRID = vanilla(0.6, 0.8, 1.0, 1.2, 1.4)
+WAVES = (
+    *esamp(0.25, label="esamp waves 4", waves=4),
+    *rls(0.25, label="rls waves 4", waves=4),
 )
 ABLATIONS = (
     *esamp(0.25, label="esamp batch", scope="batch"),
-    *esamp(0.5, label="rls batch", distiller="rls", scope="batch"),
-    *esamp(0.25, label="esamp waves 4", waves=4),
-    *esamp(0.5, label="rls waves 4", distiller="rls", waves=4),
-    *esamp(0.25, label="running mean", distiller="mean"),
+    *rls(0.5, label="rls batch", scope="batch"),
     *esamp(0.25, label="four blocks", distiller="swiglu4"),
     *esamp(0.25, label="mlp", distiller="mlp"),
     Setting("gaussian β 0.25", "gaussian"),
@@ -69,34 +74,62 @@ OTHERS = (
     Setting("top-p 0.9", top_p=0.9),
     Setting("min-p 0.05", min_p=0.05),
     *esamp(0.25, label="esamp min-p 0.05", min_p=0.05),
-    *esamp(0.5, label="rls min-p 0.05", distiller="rls", min_p=0.05),
+    *rls(1.0, label="rls min-p 0.05", min_p=0.05),
     Setting("typical 0.9", "typical"),
     Setting("fire", first_temperature=30.0),
     *esamp(0.25, label="fire + esamp", first_temperature=30.0),
-    Setting("edt", "edt"),
+    Setting("edt", "edt", theta=0.3),
 )
-STORY_SETTINGS = (*vanilla(0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0), *ESAMP, *ABLATIONS, *OTHERS)
-COUNTDOWN_SETTINGS = (*vanilla(0.6, 0.8, 1.0, 1.2, 1.4), *ESAMP, *ABLATIONS, *OTHERS,
-                      Setting("contrastive", "contrastive"))
+CORE = (
+    *esamp(0.25, 0.5),
+    *rls(0.25, 0.5, 0.75),
+    *esamp(0.25, label="running mean", distiller="mean"),
+)
+STORIES_MAIN = (
+    *STORY_GRID, *CORE,
+    *esamp(0.5, label="esamp lr 4e-3", lr=4e-3),
+    Setting("min-p 0.05", min_p=0.05),
+    *rls(1.0, label="rls min-p 0.05", min_p=0.05),
+)
+COUNTDOWN_ALL = (*COUNTDOWN_GRID, *CORE, *WAVES, *ABLATIONS, *OTHERS, Setting("contrastive", "contrastive"))
+DEVELOPMENT = (
+    *STORY_GRID,
+    *esamp(0.25),
+    *rls(0.25, 0.5, 0.75, 1.0),
+    *rls(0.5, label="rls cold", warm=False),
+    *rls(0.5, label="rls ridge 0.1", ridge=0.1),
+    *rls(0.5, label="rls ridge 10", ridge=10.0),
+    *rls(0.5, label="rls 96 features", width=96),
+    *rls(0.5, label="rls 768 features", width=768),
+    *rls(0.5, label="rls no linear", linear=0),
+    *rls(0.5, label="rls linear alone", width=1),
+    *rls(0.5, label="rls forget 0.98", forget=0.98),
+    *rls(0.5, label="rls raw h1", distiller="rls_raw"),
+    *rls(0.5, label="rls ramp 40", ramp=40),
+    Setting("min-p 0.05", min_p=0.05),
+    *rls(1.0, label="rls min-p 0.05", min_p=0.05),
+)
 
 
-def stories(about, **work):
+def stories(about, settings, **work):
     """A table of stories: 16 samples of up to 160 tokens."""
-    return Table(about, "stories", STORY_SETTINGS, n=16, max_new_tokens=160, chunk=20,
+    return Table(about, "stories", settings, n=16, max_new_tokens=160, chunk=20,
                  model=str(STORIES) if STORIES.is_dir() else "",
                  recipe="karpathy's tinyllamas stories260K in Hugging Face layout", **work)
 
 
-def countdown(about, **work):
+def countdown(about, settings=(*COUNTDOWN_GRID, *CORE, *WAVES), **work):
     """A table of Countdown."""
-    return Table(about, "countdown", COUNTDOWN_SETTINGS, **work)
+    return Table(about, "countdown", settings, prompts=200, **work)
 
 
 TABLES = {
-    "stories": stories("Diversity of stories at equal perplexity", prompts=100),
-    "stories_development": stories("The same on the openings that settings were tuned on", prompts=60,
+    "stories": stories("Diversity of stories at equal perplexity", STORIES_MAIN, prompts=100),
+    "stories_ablations": stories("The same for the paper's ablations and for other methods",
+                                 (*STORY_GRID, *ABLATIONS, *WAVES, *OTHERS), prompts=60),
+    "stories_development": stories("The openings on which the closed form was tuned", DEVELOPMENT, prompts=60,
                                    split="development", seeds=(41,)),
-    "countdown": countdown("Countdown, bundled checkpoint", model=str(BUNDLED)),
+    "countdown": countdown("Countdown, bundled checkpoint", COUNTDOWN_ALL, model=str(BUNDLED)),
     "countdown_peaky": countdown(
         "Countdown, sharpened checkpoint",
         recipe="python -m experiments.sharpen_countdown --model checkpoints/countdown --out peaky"),
@@ -104,6 +137,6 @@ TABLES = {
         "Countdown with five digits", digits=5, max_new_tokens=50,
         recipe="python -m experiments.train_countdown --digits 5 --steps 600 --out five"),
     "countdown_wide": countdown(
-        "Countdown, four times the parameters",
+        "Countdown, twice the width",
         recipe="python -m experiments.train_countdown --width 256 --steps 350 --batch 128 --out wide"),
 }
