@@ -1,9 +1,12 @@
 """The tables as data: which settings, on which problems, how many samples. `experiments.run` fills them.
 
     stories              100 held-out openings × 16 samples of up to 160 tokens
+    stories_ablations    60 of them, for the paper's ablations and for other methods
     stories_development  the 60 openings on which settings are tuned
-    countdown            240 held-out problems × 64 answers, from the bundled checkpoint
-    countdown_peaky      the same problems, from a sharpened copy of it
+    countdown            200 held-out problems × 64 answers, from the bundled checkpoint
+    countdown_development 80 other problems, on which the ridge was tuned
+    countdown_ablations  the same problems, for the paper's ablations and for other methods
+    countdown_peaky      the same problems, from a sharpened copy of the checkpoint
     countdown_five       problems of five digits, from a model trained for them
     countdown_wide       the first problems again, from a model of twice the width
 
@@ -91,7 +94,6 @@ STORIES_MAIN = (
     Setting("min-p 0.05", min_p=0.05),
     *rls(1.0, label="rls min-p 0.05", min_p=0.05),
 )
-COUNTDOWN_ALL = (*COUNTDOWN_GRID, *CORE, *WAVES, *ABLATIONS, *OTHERS, Setting("contrastive", "contrastive"))
 DEVELOPMENT = (
     *STORY_GRID,
     *esamp(0.25),
@@ -109,6 +111,11 @@ DEVELOPMENT = (
     Setting("min-p 0.05", min_p=0.05),
     *rls(1.0, label="rls min-p 0.05", min_p=0.05),
 )
+COUNTDOWN_DEVELOPMENT = (
+    *vanilla(1.0),
+    *(rls(0.5, label=f"rls ridge {ridge:g}", ridge=ridge)[0] for ridge in (1.0, 3.0, 10.0, 30.0, 100.0)),
+    *rls(0.5, label="rls cold ridge 10", ridge=10.0, warm=False),
+)
 
 
 def stories(about, settings, **work):
@@ -118,18 +125,24 @@ def stories(about, settings, **work):
                  recipe="karpathy's tinyllamas stories260K in Hugging Face layout", **work)
 
 
-def countdown(about, settings=(*COUNTDOWN_GRID, *CORE, *WAVES), **work):
+def countdown(about, settings=(*COUNTDOWN_GRID, *CORE, *WAVES), prompts=200, **work):
     """A table of Countdown."""
-    return Table(about, "countdown", settings, prompts=200, **work)
+    return Table(about, "countdown", settings, prompts=prompts, **work)
 
 
 TABLES = {
     "stories": stories("Diversity of stories at equal perplexity", STORIES_MAIN, prompts=100),
     "stories_ablations": stories("The same for the paper's ablations and for other methods",
-                                 (*STORY_GRID, *ABLATIONS, *WAVES, *OTHERS), prompts=60),
+                                 (*vanilla(0.7, 0.8, 0.9, 1.0), *ABLATIONS, *WAVES, *OTHERS), prompts=60),
     "stories_development": stories("The openings on which the closed form was tuned", DEVELOPMENT, prompts=60,
                                    split="development", seeds=(41,)),
-    "countdown": countdown("Countdown, bundled checkpoint", COUNTDOWN_ALL, model=str(BUNDLED)),
+    "countdown": countdown("Countdown, bundled checkpoint", model=str(BUNDLED)),
+    "countdown_development": countdown("Problems on which the ridge was tuned", COUNTDOWN_DEVELOPMENT, 80,
+                                       split="development", seeds=(41,), model=str(BUNDLED)),
+    "countdown_ablations": countdown(
+        "The same for the paper's ablations and for other methods",
+        (*vanilla(0.8, 1.0, 1.2), *ABLATIONS, *OTHERS, Setting("contrastive", "contrastive")),
+        model=str(BUNDLED)),
     "countdown_peaky": countdown(
         "Countdown, sharpened checkpoint",
         recipe="python -m experiments.sharpen_countdown --model checkpoints/countdown --out peaky"),
