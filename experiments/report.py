@@ -216,13 +216,13 @@ def caption(header):
             f"{header['max_new_tokens']} tokens, seeds {seeds}, model {header['model']}. ")
     if header["task"] == "stories":
         return work + (
-            f"Embeddings: {header['embedder']}. Perplexity is the model's own at T = 1. The distance is to the "
-            "curve that vanilla's temperatures draw, at the setting's perplexity; outside: vanilla has no such "
-            f"perplexity. A step decodes {header['chunk']} prompts on {header['machine']}, torch with "
+            f"Embeddings: {header['embedder']}. Perplexity is the model's own at T = 1. The distance is to "
+            "the curve that vanilla's temperatures draw, at the setting's perplexity; outside: vanilla has no "
+            f"such perplexity. A step decodes {header['chunk']} prompts on {header['machine']}, torch with "
             f"{header['threads']} threads. Intervals: bootstrap over prompts, seeds averaged.")
     return work + (
-        f"pass@k is \"k of {header['n']}\", in percent: samples that share a Distiller are not independent, so "
-        "it is not what a run of k samples would give. Differences in points, paired by problem, to vanilla "
+        f"pass@k is \"k of {header['n']}\", in percent: samples that share a Distiller are not independent, "
+        "so it is not what a run of k samples would give. Differences in points, paired by problem, to vanilla "
         "at its best temperature for that column, chosen on the same data in vanilla's favour. Intervals: "
         "bootstrap over problems, seeds averaged.")
 
@@ -279,7 +279,9 @@ def plot_stories(path, header, rows):
     """Vendi against perplexity; bars are the interval of the distance to vanilla's curve."""
     curve = frontier(rows)
     with drawing(path, 1, (9, 5)) as (axis,):
-        scatter(axis, families(rows), lambda r: r.perplexity, lambda r: r.mean("vendi1"))
+        groups = families(rows)
+        groups["vanilla"].sort(key=lambda r: r.perplexity)
+        scatter(axis, groups, lambda r: r.perplexity, lambda r: r.mean("vendi1"))
         for r in rows:
             found = None if r.plain or len(curve) < 2 else above_frontier(point(r), curve)
             if found:
@@ -293,13 +295,14 @@ def plot_stories(path, header, rows):
 
 def plot_countdown(path, header, rows):
     """pass@k over k for a few settings, and the largest k's against distinct solutions for all."""
-    last = powers(header["n"])[-1]
+    ks = powers(header["n"])
+    last = ks[-1]
     drawn = [r for r in rows if r.name in CURVES or r is best(rows, f"pass{last}")]
     with drawing(path, 2, (12, 5)) as (left, right):
         for r in drawn:
-            left.plot(powers(header["n"]), [r.mean(f"pass{k}") for k in powers(header["n"])], marker="o",
-                      label=r.name)
+            left.plot(ks, [r.mean(f"pass{k}") for k in ks], marker="o", label=r.name)
         left.set_xscale("log", base=2)
+        left.set_xticks(ks, ks)
         left.set(xlabel="k", ylabel=f"pass@k, k of {header['n']}, %", title=header["about"])
         left.legend(fontsize="small")
         scatter(right, families(rows), lambda r: r.mean("distinct"), lambda r: r.mean(f"pass{last}"))
