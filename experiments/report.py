@@ -217,14 +217,14 @@ def caption(header):
     if header["task"] == "stories":
         return work + (
             f"Embeddings: {header['embedder']}. Perplexity is the model's own at T = 1. The distance is to "
-            "the curve that vanilla's temperatures draw, at the setting's perplexity; outside: vanilla has no "
-            f"such perplexity. A step decodes {header['chunk']} prompts on {header['machine']}, torch with "
-            f"{header['threads']} threads. Intervals: bootstrap over prompts, seeds averaged.")
+            "the curve that vanilla's temperatures draw, at the setting's perplexity; outside: vanilla has "
+            f"no such perplexity. A step decodes {header['chunk']} prompts on {header['machine']}, with "
+            f"{header['threads']} of torch's threads. Intervals: bootstrap over prompts, seeds averaged.")
     return work + (
         f"pass@k is \"k of {header['n']}\", in percent: samples that share a Distiller are not independent, "
-        "so it is not what a run of k samples would give. Differences in points, paired by problem, to vanilla "
-        "at its best temperature for that column, chosen on the same data in vanilla's favour. Intervals: "
-        "bootstrap over problems, seeds averaged.")
+        "so it is not what a run of k samples would give. Differences in points, paired by problem, to "
+        "vanilla at its best temperature for that column, chosen on the same data in vanilla's favour. "
+        "Intervals: bootstrap over problems, seeds averaged.")
 
 
 def markdown(path, patterns=("*",)):
