@@ -47,10 +47,22 @@ def timeless(path):
 
 
 @pytest.fixture(scope="module")
-def whole(bench, tmp_path_factory):
+def drawn():
+    """What `methods.sample` returned, by what it was asked for: kills need not draw the same again."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def whole(bench, tmp_path_factory, drawn):
     """The file of an uninterrupted run."""
-    path = tmp_path_factory.mktemp("whole") / "mini.jsonl"
-    fill(bench, path)
+    def remembered(model, prompts, setting, **more):
+        key = setting.name, more["seed"], more["first_prompt"], len(prompts)
+        drawn[key] = sample(model, prompts, setting, **more)
+        return drawn[key]
+    path, sample = tmp_path_factory.mktemp("whole") / "mini.jsonl", methods.sample
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(methods, "sample", remembered)
+        fill(bench, path)
     return path
 
 
@@ -80,17 +92,17 @@ def test_seeds_are_outermost_and_every_unit_is_there_once(whole):
     assert all(x["steps"] >= max(x["per_prompt"]["tokens"]) / 8 and x["seconds"] > 0 for x in lines)
 
 
-@pytest.mark.parametrize("kills", [(0,), (7, 2), (11,)])
-def test_killed_anywhere_and_started_again_it_is_the_same_file(bench, whole, tmp_path, monkeypatch, kills):
-    path, sample, calls = tmp_path / "mini.jsonl", methods.sample, []
+@pytest.mark.parametrize("kills", [(0,), (7, 2), (3, 0, 8), (11,)])
+def test_killed_and_started_again_it_is_the_same_file(bench, whole, tmp_path, monkeypatch, drawn, kills):
+    path, calls = tmp_path / "mini.jsonl", []
 
     def dies_at(count):
-        def dying(*given, **more):
+        def dying(model, prompts, setting, **more):
             calls.append(more["first_prompt"])
             dying.left -= 1
             if dying.left < 0:
                 raise KeyboardInterrupt
-            return sample(*given, **more)
+            return drawn[setting.name, more["seed"], more["first_prompt"], len(prompts)]
         dying.left = count
         return dying
     for count in kills:
