@@ -88,7 +88,9 @@ CORE = (
     *esamp(0.5, label="esamp lr 4e-3", lr=4e-3),
 )
 STORY_SETTINGS = (*STORY_GRID, *CORE, *WAVES, *ABLATIONS, *OTHERS)
-COUNTDOWN_MAIN = (*COUNTDOWN_GRID, *CORE, *WAVES)
+COUNTDOWN_SETTINGS = (*COUNTDOWN_GRID, *CORE, *WAVES, *ABLATIONS, *OTHERS,
+                      Setting("contrastive", "contrastive"))
+OTHER_MODELS = (*vanilla(0.8, 1.0, 1.2, 1.4), *esamp(0.25, 0.5), *rls(0.25, 0.5))
 DEVELOPMENT = (
     *STORY_GRID,
     *rls(0.5, 1.0),
@@ -120,7 +122,7 @@ def stories(about, settings, **work):
                  recipe="karpathy's tinyllamas stories260K in Hugging Face layout", **work)
 
 
-def countdown(about, settings=COUNTDOWN_MAIN, prompts=200, **work):
+def countdown(about, settings=OTHER_MODELS, prompts=200, **work):
     """A table of Countdown."""
     return Table(about, "countdown", settings, prompts=prompts, **work)
 
@@ -129,8 +131,7 @@ TABLES = {
     "stories": stories("Diversity of stories at equal perplexity", STORY_SETTINGS, prompts=60),
     "stories_development": stories("The openings on which the closed form was tuned", DEVELOPMENT, prompts=60,
                                    split="development", seeds=(41,)),
-    "countdown": countdown("Countdown, bundled checkpoint", (*COUNTDOWN_MAIN, *ABLATIONS, *OTHERS,
-                           Setting("contrastive", "contrastive")), model=str(BUNDLED)),
+    "countdown": countdown("Countdown, bundled checkpoint", COUNTDOWN_SETTINGS, model=str(BUNDLED)),
     "countdown_development": countdown("Problems on which the ridge was tuned", COUNTDOWN_DEVELOPMENT, 80,
                                        split="development", seeds=(41,), model=str(BUNDLED)),
     "countdown_peaky": countdown(
