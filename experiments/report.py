@@ -1,7 +1,7 @@
 """Tables and figures from what `experiments.run` wrote: the same files give the same text.
 
     python -m experiments.report                       prints all tables
-    python -m experiments.report --write               into the blocks of EXPERIMENTS.md; draws the figures
+    python -m experiments.report --write               into the blocks of EXPERIMENTS.md; draws its figures
     python -m experiments.report --check               exit code 1 names the first block that differs
 
     <!-- table NAME -->  …  <!-- end -->               becomes the table of experiments/results/NAME.jsonl
@@ -340,14 +340,14 @@ def rendered(page, folder):
 
 
 def write(page_path, folder):
-    """Fills every block of the page, then draws the figure of every table that has one."""
+    """Fills every block of the page, then draws the figures that it links to."""
     page = page_path.read_text(encoding="utf-8")
     new = iter([text for _, _, text in rendered(page, folder)])
 
     def filled(match):
         return match[0][:match.start(3) - match.start()] + next(new) + "<!-- end -->"
     page_path.write_text(BLOCK.sub(filled, page), encoding="utf-8")
-    for name in dict.fromkeys(name for name, _, _ in BLOCK.findall(page)):
+    for name in re.findall(r"\(experiments/results/(\w+)\.svg\)", page):
         plot(folder / f"{name}.jsonl")
 
 

@@ -216,9 +216,8 @@ def commit():
 
 def read(path):
     """(header, lines) of a results file; a torn last line is left out. ValueError for any other file."""
-    data = Path(path).read_bytes()
     try:
-        header, *lines = [json.loads(line) for line in data[:data.rfind(b"\n") + 1].split(b"\n")[:-1]]
+        header, *lines = [json.loads(line) for line in Path(path).read_bytes().split(b"\n")[:-1]]
         units = [(line["seed"], line["setting"], line["first"]) for line in lines]
         header["settings"], header["table"]
     except (ValueError, TypeError, KeyError):

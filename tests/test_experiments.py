@@ -191,6 +191,21 @@ def test_an_amateur_may_come_later_but_not_change(bench, whole, tmp_path):
 # what is counted
 # ------------------------------------------------------------------------------
 
+@dataclasses.dataclass
+class Ids:
+    """A sample whose ids are its text already."""
+
+    token_ids: str
+
+
+class Echo:
+    """A tokenizer for it."""
+
+    def decode(self, ids):
+        """The text."""
+        return ids
+
+
 def test_a_unit_is_what_methods_and_metrics_say(bench, whole):
     line = run.read(whole)[1][2]                        # rls, seed 41, prompts 0 and 1
     samples, stats = methods.sample(bench.model, bench.prompts[:2], MINI.settings[1], n=8, seed=41,
@@ -208,12 +223,27 @@ def test_a_unit_is_what_methods_and_metrics_say(bench, whole):
         "nll", "tokens", "correct", "distinct", "maj8"}
     assert line["steps"] == max(len(s.token_ids) for s in samples)
     assert sum(sum(x["per_prompt"]["correct"]) for x in run.read(whole)[1]) > 0
-    later = run.read(whole)[1][3]["per_prompt"]         # prompt 2, with its own noise and its own verifier
+    later = run.read(whole)[1][3]["per_prompt"]         # prompt 2, with its own noise
     samples, _ = methods.sample(bench.model, bench.prompts[2:], MINI.settings[1], n=8, seed=41,
                                 max_new_tokens=24, eos_ids=bench.text.eos_ids, first_prompt=2)
-    answers = [bench.text.decode(s.token_ids) for s in samples]
-    right = sum(countdown.is_correct(bench.task.prompts[2], answer) for answer in answers)
-    assert later["tokens"] == [sum(len(s.token_ids) for s in samples)] and later["correct"] == [right]
+    assert later["tokens"] == [sum(len(s.token_ids) for s in samples)]
+
+
+def test_steps_are_those_of_all_waves(whole, drawn):
+    for line in run.read(whole)[1]:
+        samples = drawn[line["setting"], line["seed"], line["first"], len(line["per_prompt"]["nll"])][0]
+        waves = [range(4), range(4, 8)] if line["setting"] == "waves β 1" else [range(8)]
+        assert line["steps"] == sum(max(len(s.token_ids) for s in samples if s.sample in w) for w in waves)
+
+
+def test_countdown_measures_by_the_problem_itself():
+    task = run.Countdown(dataclasses.replace(MINI, prompts=3), Echo())
+    task.prompts = ["9111>99:", "8321>13:", "4421>11:"]
+    same, other = "2+3=5,5/1=5,5+8=13", "8+1=9,2*2=4,9+4=13"
+    eight = [same, "3+2=5,5/1=5,8+5=13", same, "8+3=11,11+2=13,13/1=13", other, "", "8+3=11", same]
+    found = task.measure(1, [[Ids(answer) for answer in eight], 8 * [Ids("4+4=8,8+2=10,10+1=11")]])
+    assert found["correct"] == [5, 8] and found["distinct"] == [2, 1]       # order of a sum does not count
+    assert found["maj8"] == [1.0, 1.0] and len(found) == 3
 
 
 def test_majority_shares_the_credit_of_ties_and_votes_on_text():
@@ -230,11 +260,10 @@ def test_majority_shares_the_credit_of_ties_and_votes_on_text():
 
 
 def test_stories_measures_are_the_metrics():
-    text = type("Text", (), {"decode": lambda self, ids: ids})()
-    samples = [[type("S", (), {"token_ids": t}) for t in texts] for texts in (
+    samples = [[Ids(text) for text in texts] for texts in (
         ("The cat sat.", "The cat sat.", "A dog ran, and ran."), ("", "", ""))]
     embed = run.embedder("ngram")
-    task = run.Stories(dataclasses.replace(TABLES["stories"], prompts=3), text, embed)
+    task = run.Stories(dataclasses.replace(TABLES["stories"], prompts=3), Echo(), embed)
     found = task.measure(0, samples)
     first = embed(["The cat sat.", "The cat sat.", "A dog ran, and ran."])
     assert found["vendi1"] == [pytest.approx(metrics.vendi(first)), pytest.approx(1)]
@@ -444,17 +473,20 @@ def page_of(folder):
     page = folder / "EXPERIMENTS.md"
     names = ("stories", "countdown", "countdown:new*,*T 1")
     blocks = [f"<!-- table {name} -->\n<!-- end -->\n" for name in names]
-    page.write_text("# Title\n\n" + "\nbetween\n\n".join(blocks) + "\nbehind\n", encoding="utf-8")
+    page.write_text("# Title\n\n" + "\nbetween\n\n".join(blocks)
+                    + "\n![a figure](experiments/results/stories.svg)\nbehind\n", encoding="utf-8")
     return page
 
 
 def test_check_sees_one_changed_digit(tmp_path, capsys, monkeypatch):
     page = page_of(tmp_path)
-    monkeypatch.setattr(report, "plot", lambda path: None)
+    plotted = []
+    monkeypatch.setattr(report, "plot", plotted.append)
     assert report.main(["--check"], page, tmp_path) == 1
     assert "table stories " in capsys.readouterr().out
     assert report.main(["--write"], page, tmp_path) == report.main(["--check"], page, tmp_path) == 0
     text = page.read_text(encoding="utf-8")
+    assert plotted == [tmp_path / "stories.jsonl"]
     assert text.startswith("# Title\n\n<!-- table stories -->\n| setting |") and text.endswith("\nbehind\n")
     assert text.count("between") == 2 and text.count("| new β 1 |") == 2
     assert report.main(["--write"], page, tmp_path) == 0 and page.read_text(encoding="utf-8") == text
