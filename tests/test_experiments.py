@@ -94,13 +94,15 @@ def test_seeds_are_outermost_and_every_unit_is_there_once(whole):
 
 @pytest.mark.parametrize("kills", [(0,), (7, 2), (3, 0, 8), (11,)])
 def test_killed_and_started_again_it_is_the_same_file(bench, whole, tmp_path, monkeypatch, drawn, kills):
-    path, calls = tmp_path / "mini.jsonl", []
+    path, calls, died = tmp_path / "mini.jsonl", [], []
 
     def dies_at(count):
         def dying(model, prompts, setting, **more):
+            assert path.read_bytes().count(b"\n") == 1 + len(calls) - len(died)     # on the disk already
             calls.append(more["first_prompt"])
             dying.left -= 1
             if dying.left < 0:
+                died.append(True)
                 raise KeyboardInterrupt
             return drawn[setting.name, more["seed"], more["first_prompt"], len(prompts)]
         dying.left = count
