@@ -41,7 +41,7 @@ class DistillerConfig:
     scope: str = "prompt"          # one Distiller per "prompt", or per "batch" of prompts decoded together
     width: int = 384               # inner width R; of rls the number of random features
     lr: float = 4e-4               # Adam's learning rate
-    ridge: float = 1.0             # of rls, as the next two
+    ridge: float = 10.0            # of rls, as the next two
     linear: int = 64               # its linear features: all D where there are no more, else a projection
     forget: float = 1.0            # weight that a pair keeps from one update to the next
     warm: bool = False             # begin with a step on the prompt's own pairs, which the paper leaves out

@@ -54,7 +54,12 @@ def rls(*betas, label="rls", **knobs):
     return esamp(*betas, label=label, **CHOSEN | knobs)
 
 
-CHOSEN = dict(distiller="rls", warm=True)               # the rest is the Distiller's default
+def tried(*betas, label="rls", **knobs):
+    """The closed form in `stories_development`, where the ridge was 1 unless said."""
+    return rls(*betas, label=label, **dict(ridge=1.0) | knobs)
+
+
+CHOSEN = dict(distiller="rls", warm=True)               # the rest is the Distiller's default, a ridge of 10
 STORY_GRID = vanilla(0.7, 0.8, 0.85, 0.9, 1.0)
 COUNTDOWN_GRID = vanilla(0.6, 0.8, 1.0, 1.2, 1.4)
 WAVES = (
@@ -93,20 +98,20 @@ COUNTDOWN_SETTINGS = (*COUNTDOWN_GRID, *CORE, *WAVES, *ABLATIONS, *OTHERS,
 OTHER_MODELS = (*vanilla(0.8, 1.0, 1.2, 1.4), *esamp(0.25, 0.5), *rls(0.25, 0.5))
 DEVELOPMENT = (
     *STORY_GRID,
-    *rls(0.5, 1.0),
-    *rls(0.5, label="rls ridge 10", ridge=10.0),
-    *rls(1.0, label="rls min-p 0.05", min_p=0.05),
-    *rls(1.0, label="rls min-p 0.05 ridge 10", ridge=10.0, min_p=0.05),
+    *tried(0.5, 1.0),
+    *tried(0.5, label="rls ridge 10", ridge=10.0),
+    *tried(1.0, label="rls min-p 0.05", min_p=0.05),
+    *tried(1.0, label="rls min-p 0.05 ridge 10", ridge=10.0, min_p=0.05),
     Setting("min-p 0.05", min_p=0.05),
-    *rls(0.5, label="rls cold", warm=False),
-    *rls(0.5, label="rls ridge 0.1", ridge=0.1),
-    *rls(0.5, label="rls 96 features", width=96),
-    *rls(0.5, label="rls 768 features", width=768),
-    *rls(0.5, label="rls no linear", linear=0),
-    *rls(0.5, label="rls linear alone", width=1),
-    *rls(0.5, label="rls forget 0.98", forget=0.98),
-    *rls(0.5, label="rls raw h1", distiller="rls_raw"),
-    *rls(0.5, label="rls ramp 40", ramp=40),
+    *tried(0.5, label="rls cold", warm=False),
+    *tried(0.5, label="rls ridge 0.1", ridge=0.1),
+    *tried(0.5, label="rls 96 features", width=96),
+    *tried(0.5, label="rls 768 features", width=768),
+    *tried(0.5, label="rls no linear", linear=0),
+    *tried(0.5, label="rls linear alone", width=1),
+    *tried(0.5, label="rls forget 0.98", forget=0.98),
+    *tried(0.5, label="rls raw h1", distiller="rls_raw"),
+    *tried(0.5, label="rls ramp 40", ramp=40),
 )
 COUNTDOWN_DEVELOPMENT = (
     *vanilla(1.0),

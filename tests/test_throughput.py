@@ -8,8 +8,8 @@ import torch
 from conftest import ROOT, TINY, random_model
 
 from decode import ESampConfig, SamplingConfig, generate
-from distiller import Distiller
-from experiments import cost_model, throughput
+from distiller import Distiller, DistillerConfig, LeastSquares
+from experiments import cost_model, distiller_cost, throughput
 from model import KVCache
 
 MACHINE = dict(bandwidth=4e12, rate=7e14, fp32_rate=4e13)
@@ -151,3 +151,28 @@ def test_transformers_does_the_same_work(tmp_path):
     random = throughput.random_model(config, "cpu", torch.float32)
     work = throughput.work_of("qwen3-8b", random, 2, 3, 10, 0.05)
     assert throughput.theirs(random)[0](work, False) == 60
+
+
+def test_what_a_distiller_costs_is_counted_and_shown(tmp_path, capsys):
+    config = DistillerConfig(kind="rls")
+    held = LeastSquares(config, 1, 4096)
+    F = 64 + 384 + 1
+    assert held.root_PFF.shape[1] == F
+    fixed = held.gate_DR.numel() + held.up_DR.numel() + held.project_DC.numel()
+    assert distiller_cost.moved("rls", 4096, config) == 4 * (
+        4 * held.root_PFF.numel() + 4 * held.weight_PFD.numel() + 2 * fixed)
+    whole = cost_model.distiller_cost(cost_model.shape("qwen3-8b"), 1, 16).bytes
+    assert distiller_cost.moved("swiglu", 4096, DistillerConfig()) == pytest.approx(whole)
+    assert distiller_cost.main(["--widths", "8", "--rows", "3", "--rounds", "1",
+                                "--out", str(tmp_path / "cost.json")]) == 0
+    report = json.loads((tmp_path / "cost.json").read_text())
+    assert capsys.readouterr().out == "\n".join(distiller_cost.table(report)) + "\n"
+    assert report["cases"][0]["rls"]["ms"] > 0
+    with pytest.raises(SystemExit):
+        distiller_cost.main(["--rounds", "0"])
+
+
+def test_the_pages_costs_are_the_measured_ones():
+    page = (ROOT / "EXPERIMENTS.md").read_text(encoding="utf-8")
+    shown = page.split("<!-- cost -->\n")[1].split("\n<!-- end cost -->")[0]
+    assert shown == "\n".join(distiller_cost.table(json.loads(distiller_cost.RESULT.read_text())))
