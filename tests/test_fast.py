@@ -191,7 +191,7 @@ def graphed(monkeypatch):
 
 
 @pytest.mark.parametrize("filters", FILTERS)
-@pytest.mark.parametrize("esamp", [None, STRONG, dataclasses.replace(STRONG, train_every=3)])
+@pytest.mark.parametrize("esamp", [None, STRONG, dataclasses.replace(STRONG, train_every=3), CLOSED])
 def test_graphs_are_the_loop(tiny, filters, esamp, request):
     sampling = dataclasses.replace(SHORT, max_new_tokens=34, **FILTERS[filters])
     eos = {11, 12}
@@ -237,7 +237,7 @@ def test_cuda_graphs_and_void_steps_are_the_plain_loop(filters, widths, monkeypa
     model, esamp = random_model(TINY).cuda().join(), dataclasses.replace(STRONG, train_every=2)
     sampling = dataclasses.replace(SHORT, n=6, max_new_tokens=38, **FILTERS[filters])
     monkeypatch.setattr(decode.Run.__init__, "__defaults__", (widths,))
-    for setting in (None, STRONG, esamp):
+    for setting in (None, STRONG, esamp, CLOSED):
         expected = generate(model, PROMPTS, sampling, setting, eos_ids=EOS, plain=True)
         close(generate(model, PROMPTS, sampling, setting, eos_ids=EOS), expected)
 
@@ -248,8 +248,9 @@ def test_cuda_graphs_and_void_steps_are_the_plain_loop(filters, widths, monkeypa
 
 @pytest.mark.parametrize("train_every", [1, 2, 5])
 @pytest.mark.parametrize("scope", ["prompt", "batch"])
-def test_finished_rows_leave_the_batch_and_nothing_else_changes(tiny, monkeypatch, train_every, scope):
-    esamp = dataclasses.replace(STRONG, train_every=train_every, scope=scope)
+@pytest.mark.parametrize("kind", [STRONG, CLOSED])
+def test_finished_rows_leave_the_batch_and_nothing_else_changes(tiny, monkeypatch, train_every, scope, kind):
+    esamp = dataclasses.replace(kind, train_every=train_every, scope=scope)
     sampling = dataclasses.replace(SHORT, n=6, max_new_tokens=30)
     eos = {4, 11, 20}
     rows, lower = [], tiny.lower
