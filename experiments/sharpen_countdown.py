@@ -3,8 +3,8 @@
     python -m experiments.sharpen_countdown --model checkpoints/countdown --out peaky
 
 Post-trained LLMs are peaky: reinforcement on a verifier raises pass@1 and lowers the entropy of the answers,
-so that many samples help less. This makes such a policy out of the bundled checkpoint: a sampler that asks for
-diversity meets the case in which there is little.
+so that many samples help less. This makes such a policy out of the bundled checkpoint: a sampler that asks
+for diversity meets the case in which there is little.
 
     draw       G problems of the training split, K answers each at T = 1           `rollouts`
     reward     r = 1 where the verifier accepts the answer, else 0
