@@ -137,8 +137,11 @@ def main(argv=None):
     folder = Path(args.out)
     if folder.resolve() == Path(args.model).resolve():
         parser.error(f"--out is {args.out}, the model itself; accepted: another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    model, spent_s = sharpen(args)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        model, spent_s = sharpen(args)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     write(folder, Path(args.model), model)
     (folder / "train_state.pt").unlink(missing_ok=True)
     print(f"{args.steps} steps in {spent_s:.0f} s → {folder}", file=sys.stderr)

@@ -212,6 +212,10 @@ def main(argv=None):
     parser.add_argument("--problems", type=int, default=200, help="held-out ones to evaluate (default 200)")
     parser.add_argument("--no-evaluation", action="store_true", help="stop when the checkpoint is written")
     args = parser.parse_args(argv)
+    try:
+        config_of(args.width)
+    except ValueError as error:
+        parser.error(str(error))
     folder = Path(args.out or args.evaluate)
     if args.out:
         folder.mkdir(parents=True, exist_ok=True)

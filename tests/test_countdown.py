@@ -175,7 +175,7 @@ def test_the_bundled_recipe_draws_the_problems_it_drew():
     assert (five[:, 9] == train_countdown.ID[":"]).all() and five.shape[1] <= 10 + 31
 
 
-def test_the_width_of_a_model_is_a_flag(tmp_path):
+def test_the_width_of_a_model_is_a_flag(tmp_path, capsys):
     assert train_countdown.config_of() == json.loads((CARD / "config.json").read_text())
     flags = ["--out", str(tmp_path), "--steps", "1", "--batch", "2", "--no-evaluation"]
     train_countdown.main(flags + ["--digits", "5", "--width", "64"])
@@ -184,8 +184,9 @@ def test_the_width_of_a_model_is_a_flag(tmp_path):
     assert (config.num_attention_heads, config.num_key_value_heads) == (2, 1)
     assert set(train_countdown.evaluate(load(tmp_path), problems=2, n=4, digits=5)) == {
         "pass@1", "pass@4", "distinct"}
-    with pytest.raises(ValueError, match="width is 100; accepted: multiples of 64"):
-        train_countdown.config_of(100)
+    with pytest.raises(SystemExit) as error:
+        train_countdown.main(flags + ["--width", "100"])
+    assert error.value.code == 2 and "width is 100; accepted: multiples of 64" in capsys.readouterr().err
 
 
 def test_training_resumes_to_the_same_weights(tmp_path, monkeypatch, capsys):
