@@ -179,7 +179,7 @@ def ready(distillers, esamp, pairs):
     count = P if esamp.scope == "prompt" else 1
     if distillers is None:
         distillers = make_distiller(esamp, count, width_D, pairs[0].device)
-        if esamp.warm:
+        if esamp.starts_warm:
             distillers.train(*(x.view(count, -1, *x.shape[2:]) for x in pairs))
     held = len(distillers.step_P), distillers.width_D
     if held != (count, width_D):
@@ -960,6 +960,8 @@ def notes(args, sampling, esamp, text, device, parts):
     idle = [flag for name, (flag, _) in knobs if getattr(args, name) != getattr(ESampConfig, name)]
     if idle and not esamp:
         yield f"note: {', '.join(idle)} does nothing without --esamp"
+    if esamp and esamp.kind == "rls" and esamp.lr != ESampConfig.lr:
+        yield "note: --distiller-lr does nothing with --distiller rls, which has no learning rate"
     if sampling.temperature == 0 and sampling.n > 1:
         yield "note: at temperature 0 all samples of a prompt are equal; --n 1 is enough"
     if device.type == "mps":

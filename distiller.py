@@ -44,7 +44,7 @@ class DistillerConfig:
     ridge: float = 10.0            # of rls, as the next two
     linear: int = 64               # its linear features: all D where there are no more, else a projection
     forget: float = 1.0            # weight that a pair keeps from one update to the next
-    warm: bool = False             # begin with a step on the prompt's own pairs, which the paper leaves out
+    warm: bool | None = None       # begin with a step on the prompt's own pairs? None: rls does
     train_every: int = 1           # steps whose pairs share one update
     seed: int = 0                  # of the initial weights
     zero_init: bool = False        # down = 0, so that f starts as the identity
@@ -62,12 +62,18 @@ class DistillerConfig:
                 raise ValueError(f"{name} is {value!r}; accepted: finite numbers above 0")
         if not (type(self.seed) is int and 0 <= self.seed < 2 ** 63):
             raise ValueError(f"seed is {self.seed!r}; accepted: whole numbers from 0 to 2^63 - 1")
-        for name in ("warm", "zero_init"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; accepted: True and False")
+        if not isinstance(self.zero_init, bool):
+            raise ValueError(f"zero_init is {self.zero_init!r}; accepted: True and False")
+        if not isinstance(self.warm, bool | None):
+            raise ValueError(f"warm is {self.warm!r}; accepted: True, False and None")
         for name, accepted in CHOICES.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; accepted: {', '.join(accepted)}")
+
+    @property
+    def starts_warm(self):
+        """Whether the prompt's own pairs are trained on before decoding begins."""
+        return self.kind == "rls" if self.warm is None else self.warm
 
     def bytes(self, width_D):
         """Bytes of one Distiller for an LLM of width D, fp32: weights, Adam's two moments, gradient; U, W."""

@@ -226,7 +226,9 @@ def test_bytes_say_what_is_allocated():
 
 @pytest.mark.parametrize("bad", [dict(width=0), dict(width=1.5), dict(train_every=0), dict(lr=0.0),
                                  dict(lr=math.nan), dict(lr=math.inf), dict(scope="row"), dict(seed=1.5),
-                                 dict(lr=True), dict(zero_init=1), dict(width=2 ** 31)])
+                                 dict(lr=True), dict(zero_init=1), dict(width=2 ** 31), dict(kind="adam"),
+                                 dict(ridge=0.0), dict(ridge=math.nan), dict(linear=-1), dict(linear=2.0),
+                                 dict(forget=0.0), dict(forget=1.5), dict(warm=1)])
 def test_knobs_out_of_range_are_refused_by_name(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         DistillerConfig(**bad)

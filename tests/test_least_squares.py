@@ -171,7 +171,8 @@ def test_a_warm_start_is_a_step_on_the_prompts_own_pairs(tiny, scope):
     esamp = dataclasses.replace(STRONG, scope=scope, warm=True)
     held = generate(tiny, PROMPTS, sampling, esamp, eos_ids=EOS).distillers
     cold = generate(tiny, PROMPTS, sampling, dataclasses.replace(esamp, warm=False), eos_ids=EOS).distillers
-    assert not cold.weight_PFD.any()
+    assert not cold.weight_PFD.any() and dataclasses.replace(esamp, warm=None).starts_warm
+    assert not ESampConfig().starts_warm                 # the paper does not train on the prompt
     oracle = make_distiller(esamp, len(held.step_P), 24)
     for p, prompt in enumerate(PROMPTS):
         shallow = tiny.lower(torch.tensor([prompt]))
