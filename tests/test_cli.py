@@ -547,8 +547,8 @@ def test_notes_say_what_a_flag_does_not_do(folder, capsys):
     assert "note: --train-every, --beta does nothing without --esamp" in err or "--beta, --train-every" in err
     _, _, err = run(capsys, "--model", folder, "--prompt", "1", "--n", 2, "--esamp", "--temperature", 0)
     assert "--n 1 is enough" in err and "without --esamp" not in err
-    _, screen, err = run(capsys, "--model", folder, "--prompt", "1", "--n", 2, "--esamp", "--distiller", "rls",
-                         "--distiller-lr", 0.1)
+    _, screen, err = run(capsys, "--model", folder, "--prompt", "1", "--n", 2, "--esamp", "--distiller",
+                         "rls", "--distiller-lr", 0.1)
     assert "--distiller-lr does nothing with --distiller rls" in err and "updates; loss" in screen
 
 
