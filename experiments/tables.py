@@ -95,7 +95,7 @@ CORE = (
 STORY_SETTINGS = (*STORY_GRID, *CORE, *WAVES, *ABLATIONS, *OTHERS)
 COUNTDOWN_SETTINGS = (*COUNTDOWN_GRID, *CORE, *WAVES, *ABLATIONS, *OTHERS,
                       Setting("contrastive", "contrastive"))
-OTHER_MODELS = (*vanilla(0.8, 1.0, 1.2, 1.4), *esamp(0.25, 0.5), *rls(0.25, 0.5))
+OTHER_MODELS = (*COUNTDOWN_GRID, *esamp(0.25), *rls(0.5))
 DEVELOPMENT = (
     *STORY_GRID,
     *tried(0.5, 1.0),
