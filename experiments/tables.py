@@ -95,7 +95,7 @@ CORE = (
 STORY_SETTINGS = (*STORY_GRID, *CORE, *WAVES, *ABLATIONS, *OTHERS)
 COUNTDOWN_SETTINGS = (*COUNTDOWN_GRID, *CORE, *WAVES, *ABLATIONS, *OTHERS,
                       Setting("contrastive", "contrastive"))
-OTHER_MODELS = (*COUNTDOWN_GRID, *esamp(0.25), *rls(0.5))
+OTHER_MODELS = (*COUNTDOWN_GRID, *vanilla(1.6), *esamp(0.25), *rls(0.5))
 DEVELOPMENT = (
     *STORY_GRID,
     *tried(0.5, 1.0),

@@ -520,3 +520,15 @@ def test_figures_repeat_and_show_every_family(tmp_path):
 @pytest.mark.skipif(not report.PAGE.is_file(), reason="EXPERIMENTS.md is not there")
 def test_the_page_is_what_the_results_say():
     assert report.check(report.PAGE, ROOT / "experiments" / "results") is None
+
+
+def test_the_readme_and_the_page_quote_their_tables():
+    """Every difference in the prose, with its interval, is a cell of a table made from the results."""
+    page = report.PAGE.read_text(encoding="utf-8")
+    tables = "".join(content for _, _, content in report.BLOCK.findall(page))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = readme.split("## What it does to samples")[1].split("\n## ")[0]
+    prose = " ".join((readme + report.BLOCK.sub("", page)).split())
+    quoted = re.findall(r"[+−]\d+\.\d+ \[[+−][\d.]+, [+−][\d.]+\]", prose)
+    assert len(quoted) >= 8
+    assert [q for q in quoted if f"| {q} |" not in tables] == []
