@@ -60,7 +60,7 @@ def tried(*betas, label="rls", **knobs):
 
 
 CHOSEN = dict(distiller="rls", warm=True)               # the rest is the Distiller's default, a ridge of 10
-STORY_GRID = vanilla(0.7, 0.8, 0.85, 0.9, 1.0)
+STORY_GRID = vanilla(0.7, 0.8, 0.85, 0.9, 1.0, 1.1)
 COUNTDOWN_GRID = vanilla(0.6, 0.8, 1.0, 1.2, 1.4)
 WAVES = (
     *esamp(0.25, label="esamp waves 4", waves=4),
