@@ -260,7 +260,7 @@ class LeastSquares(Batched):
         rows_PKF = self.features(shallow_PKD) * live_PK[..., None]
         predicted_PKD = rows_PKF @ self.weight_PFD
         if self.config.forget < 1:                      # old pairs, and with them the ridge, weigh less
-            self.root_PFF /= math.sqrt(self.config.forget)
+            self.root_PFF /= torch.where(live_PK.any(-1), math.sqrt(self.config.forget), 1.0)[:, None, None]
         v_PKF = rows_PKF @ self.root_PFF
         eye_KK = torch.eye(v_PKF.shape[1], device=v_PKF.device, dtype=v_PKF.dtype)
         lower_PKK = torch.linalg.cholesky_ex(eye_KK + v_PKF @ v_PKF.mT).L           # at least I: always there
@@ -268,8 +268,8 @@ class LeastSquares(Batched):
         def solve(triangle, right):
             return torch.linalg.solve_triangular(triangle, right, upper=False)
         gain_PFK = solve(lower_PKK, v_PKF @ self.root_PFF.mT).mT                    # U Vᵀ L⁻ᵀ
-        self.weight_PFD += gain_PFK @ solve(lower_PKK, deep_PKD - predicted_PKD)
-        self.root_PFF -= gain_PFK @ solve(lower_PKK + eye_KK, v_PKF)
+        self.weight_PFD.baddbmm_(gain_PFK, solve(lower_PKK, deep_PKD - predicted_PKD))
+        self.root_PFF.baddbmm_(gain_PFK, solve(lower_PKK + eye_KK, v_PKF), alpha=-1)
         self.step_P += live_PK.any(-1)
         return loss(deep_PKD, predicted_PKD, live_PK)
 

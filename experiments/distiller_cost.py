@@ -1,14 +1,14 @@
 """What a step of either Distiller costs: bytes held, bytes moved on paper, milliseconds measured here.
 
     python -m experiments.distiller_cost                     # → experiments/results/distiller_cost.json
-    python -m experiments.distiller_cost --widths 128 --rounds 3
+    python -m experiments.distiller_cost --widths 128 --rounds 3 --out quick.json
 
 A step is one `predict` and one `train` of one Distiller on K rows, fp32. The two kinds take turns, A B A B …;
 a figure is the median of the rounds, a ratio the median of the rounds' ratios. On paper a step moves
 
     swiglu   43 bytes per weight, 6·D·R of them (`experiments.cost_model`)
     rls      U four times (V = F U, V Uᵀ, and the update reads and writes it), W four times (`predict`,
-             `train`, and the update), the fixed A, B, C twice: 4·(4F² + 4F·D + 2·D·(2R + C)) bytes
+             `train`, and the update in place), the fixed A, B, C twice: 4·(4F² + 4F·D + 2·D·(2R + C)) bytes
 """
 
 import argparse

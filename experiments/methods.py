@@ -16,7 +16,8 @@ exist only for comparison: `mean` (the running mean of h^L, no learning), `swigl
 plain layers; T17), `rls_raw` (the closed form without its normalisation). OverRIDE is not here: its published
 definition could not be checked.
 
-All draw with the noise of `esamp.uniform`: two settings at the same seed differ by their mathematics alone.
+All draw with the noise of `esamp.uniform`: two settings at the same seed differ by their mathematics alone
+(of `waves`, in the first round; a later one has noise of its own).
 Shapes as in `decode`.
 """
 
@@ -50,7 +51,7 @@ class Setting:
     top_p: float | None = None
     min_p: float | None = None
     beta: float = 0.25
-    distiller: str = "swiglu"                           # or rls, mean, swiglu4, mlp
+    distiller: str = "swiglu"                           # or rls, rls_raw, mean, swiglu4, mlp
     scope: str = "prompt"
     width: int | None = None                            # None: the Distiller's own default, as for the rates
     lr: float | None = None
@@ -72,6 +73,8 @@ class Setting:
                 raise ValueError(f"{name} is {value!r}; accepted: {', '.join(accepted)}")
         if self.method == "vocabulary" and self.distiller != "swiglu":
             raise ValueError(f"distiller is {self.distiller!r}; method vocabulary accepts swiglu alone")
+        if self.warm and (self.distiller in PREDICTORS or self.method == "vocabulary"):
+            raise ValueError("warm is True; only swiglu and rls can start on the prompt")
         at_least_one("waves", self.waves)
         in_range("ramp", self.ramp, 0, math.inf)
         in_range("theta", self.theta, 0, math.inf)

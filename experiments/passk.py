@@ -1,7 +1,7 @@
 """pass@k and maj@k of one or more ways to sample, on a verifiable task; a run that was stopped goes on.
 
-    python -m experiments.passk --model FOLDER --task aime24 --data aime24.jsonl --n 64 --out results.jsonl
-    python -m experiments.passk … --method vanilla esamp
+    python -m experiments.passk --model FOLDER --task aime24 --data aime24.jsonl --n 64
+    python -m experiments.passk … --method vanilla esamp --out results.jsonl
     python -m experiments.passk … --settings '[{"method": "vanilla", "temperature": 0.8}, {"beta": 0.5}]'
 
 The file's first line says what was run; a second run with other flags is refused. Then there is one line per
@@ -216,7 +216,7 @@ def run(args):
     text = Text(folder, config)
     ids = encoded(task, problems, text, args.raw, config)
     dtype = DTYPES[args.dtype] if args.dtype else torch.float32 if device.type == "cpu" else config.dtype
-    results = Results(args.out, dict(
+    results = Results(args.out or f"passk_{args.task}.jsonl", dict(
         model=args.model, task=args.task, data=hashlib.sha256(Path(args.data).read_bytes()).hexdigest()[:16],
         n=args.n, max_new_tokens=args.max_new_tokens, batch_prompts=args.batch_prompts, limit=args.limit,
         raw=args.raw, amateur=args.amateur, dtype=str(dtype).removeprefix("torch.")))
@@ -301,9 +301,11 @@ def build_parser():
     add("--model", required=True, metavar="PATH", help="folder in Hugging Face layout, or Org/Name")
     add("--task", required=True, choices=tuple(TASKS))
     add("--data", required=True, metavar="FILE", help="the task's problems, JSONL")
-    add("--out", required=True, metavar="FILE", help="results, JSONL; a run that was stopped goes on")
+    add("--out", metavar="FILE",
+        help="results, JSONL; a run that was stopped goes on (default: passk_TASK.jsonl)")
     add("--n", type=int, default=64, help="samples per problem (default: 64)")
-    add("--method", nargs="+", default=["esamp"], help="of experiments.methods (default: esamp)")
+    add("--method", nargs="+", default=["vanilla", "esamp"],
+        help="of experiments.methods (default: vanilla esamp)")
     add("--settings", default="{}", metavar="JSON",
         help="fields of experiments.methods.Setting: an object, or a list of them (default: {})")
     add("--seeds", type=int, nargs="+", default=[41, 42, 43], metavar="N", help="(default: 41 42 43)")

@@ -2,7 +2,8 @@
 
     python -m experiments.run --list
     python -m experiments.run stories                              → experiments/results/stories.jsonl
-    python -m experiments.run countdown_peaky --model peaky --amateur small
+    python -m experiments.run countdown --amateur small            contrastive decoding needs one
+    python -m experiments.run countdown_peaky --model peaky
     python -m experiments.run countdown --only 'vanilla*' 'rls β 0.5'
     python -m experiments.run stories --smoke                      a minute part of it, to see that it works
 

@@ -6,7 +6,7 @@
     countdown_development  80 other problems, on which the ridge was tuned
     countdown_peaky        the same problems, from a sharpened copy of the checkpoint
     countdown_five         problems of five digits, from a model trained for them
-    countdown_wide         the first problems again, from a model of twice the width
+    countdown_wide         those of countdown again, from a model of twice the width
 
 A setting's name is its label in the report and its key in the results; every knob is in `methods.Setting`.
 The grid of temperatures comes first: a method is compared with vanilla's whole curve, never with T = 1 alone.
@@ -110,7 +110,7 @@ DEVELOPMENT = (
     *tried(0.5, label="rls no linear", linear=0),
     *tried(0.5, label="rls linear alone", width=1),
     *tried(0.5, label="rls forget 0.98", forget=0.98),
-    *tried(0.5, label="rls raw h1", distiller="rls_raw"),
+    *tried(0.5, label="rls raw h1, cold", distiller="rls_raw", warm=False),
     *tried(0.5, label="rls ramp 40", ramp=40),
 )
 COUNTDOWN_DEVELOPMENT = (

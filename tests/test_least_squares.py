@@ -114,6 +114,26 @@ def test_a_dead_row_an_idle_distiller_and_a_neighbour_change_nothing():
     assert not torch.equal(one.weight_PFD[2], other.weight_PFD[2])
 
 
+def test_forgetting_is_regression_with_weights_that_decay():
+    """After t more updates of a Distiller a pair weighs forget^t, and so does the ridge; idle ones wait."""
+    distiller, taps = fresh(dataclasses.replace(CONFIG, forget=0.7)), []
+    for step in range(5):
+        shallow, deep, live = pairs(step)
+        live[1] = live[1] & (step in (0, 3))
+        before = [x.clone() for x in distiller.state()]
+        distiller.train(shallow, deep, live)
+        if not live[1].any():
+            assert all(torch.equal(a[1], b[1]) for a, b in zip(before, distiller.state(), strict=True))
+        taps.append((shallow, deep, live))
+    for p in range(P):
+        mine = [(distiller.features(x)[p][live[p]], y[p][live[p]]) for x, y, live in taps if live[p].any()]
+        age = [0.7 ** (len(mine) - 1 - i) for i in range(len(mine))]
+        gram = sum(w * F.mT @ F for w, (F, _) in zip(age, mine, strict=True))
+        gram = gram + 0.3 * 0.7 ** len(mine) * torch.eye(len(gram), dtype=gram.dtype)
+        found = torch.linalg.solve(gram, sum(w * F.mT @ Y for w, (F, Y) in zip(age, mine, strict=True)))
+        torch.testing.assert_close(distiller.weight_PFD[p], found, rtol=1e-7, atol=1e-7)
+
+
 @pytest.mark.parametrize("rows", [4, 14, 60])
 def test_seen_pairs_are_met_while_independent_and_least_squares_beyond(rows):
     """7 + 6 + 1 = 14 features: up to 14 independent rows the residual goes to zero with the ridge."""
