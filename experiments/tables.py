@@ -81,6 +81,7 @@ OTHERS = (
     Setting("min-p 0.05", min_p=0.05),
     *esamp(0.25, label="esamp min-p 0.05", min_p=0.05),
     *rls(1.0, label="rls min-p 0.05", min_p=0.05),
+    *rls(0.5, label="rls top-k 8", top_k=8),
     Setting("typical 0.9", "typical"),
     Setting("fire", first_temperature=30.0),
     *esamp(0.25, label="fire + esamp", first_temperature=30.0),
