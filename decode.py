@@ -148,6 +148,7 @@ def generate(model, prompts, sampling, esamp=None, *, eos_ids, distillers=None, 
         window = min(esamp.train_every, rows.steps)                     # a longer one would never fill
         side = AsyncDistiller(distillers, rows.count, width_D, window, rows.device, overlap)
         ledger.watch(len(distillers.step_P), width_D)
+    del pairs                                                           # a prompt's length of memory
     plain = plain or policy is not None or rows.device.type == "mps"    # which has no fp64
     run = Run(model, rows, ledger, cache, side, esamp.beta if esamp else 0.0, plain)
     first, step = first_token, (esamp_step if esamp else vanilla_step) if plain else fast_step
@@ -180,7 +181,8 @@ def ready(distillers, esamp, pairs):
     if distillers is None:
         distillers = make_distiller(esamp, count, width_D, pairs[0].device)
         if esamp.starts_warm:
-            distillers.train(*(x.view(count, -1, *x.shape[2:]) for x in pairs))
+            shallow_PLD, deep_PLD, real_PL = (x.view(count, -1, *x.shape[2:]) for x in pairs)
+            distillers.train(shallow_PLD.float(), deep_PLD.float(), real_PL)
     held = len(distillers.step_P), distillers.width_D
     if held != (count, width_D):
         raise ValueError(f"distillers holds {held[0]} of width {held[1]}; expected {count} of {width_D}")
@@ -229,7 +231,7 @@ def masked(logits_BV, keep_BV):
 def prefill(model, prompts, samples, steps):
     """Runs every prompt once for all of its samples: (cache of B rows, ref (B, V) after the prompt, pairs).
 
-    pairs: h¹ and h^L of the prompts' positions, (P, L, D) fp32 each, and which of these are real, (P, L).
+    pairs: h¹ and h^L of the prompts' positions, (P, L, D) each, and which of these are real, (P, L).
     Prompts are padded on the right; a real token sees only what is left of it, so padding changes nothing.
     """
     device, lengths = model.head_weight.device, [len(prompt) for prompt in prompts]
@@ -241,8 +243,7 @@ def prefill(model, prompts, samples, steps):
     last_PD = deep_PLD[torch.arange(len(prompts), device=device), last_P]
     ref_BV = model.head(last_PD).repeat_interleave(samples, dim=0)
     real_PL = torch.arange(max(lengths), device=device) <= last_P[:, None]
-    pairs = shallow_PLD.float(), deep_PLD.float(), real_PL
-    return cache.repeat(samples, lengths, max(lengths) + steps), ref_BV, pairs
+    return cache.repeat(samples, lengths, max(lengths) + steps), ref_BV, (shallow_PLD, deep_PLD, real_PL)
 
 
 class Rows:

@@ -215,8 +215,8 @@ class LeastSquares(Batched):
 
         F = [h̃ C, silu(h̃ A) ⊙ (h̃ B), 1],   h̃ = h¹/rms(h¹);   W = argmin Σ‖h^L − F W‖² + ridge·‖W‖²
 
-    Not in the paper: its Distiller needs hundreds of steps to fit, this one has fitted a pair after one. A
-    and B (R columns) and C are fixed and shared; C is the identity up to D = `linear`, random columns beyond.
+    Not in the paper: its Distiller needs hundreds of steps to fit, this one fits a pair in one, up to the
+    ridge. A, B (R columns) and C are fixed and shared; C is the identity up to D = `linear`, random beyond.
     Recursive least squares holds the inverse of ridge·I + ΣFᵀF, here as a square root: U Uᵀ is symmetric and
     positive whatever rounding does. A step with rows F and targets Y: V = F U, LLᵀ = I + V Vᵀ, E = Y − F W,
 

@@ -163,6 +163,7 @@ def test_what_a_distiller_costs_is_counted_and_shown(tmp_path, capsys):
         4 * held.root_PFF.numel() + 4 * held.weight_PFD.numel() + 2 * fixed)
     whole = cost_model.distiller_cost(cost_model.shape("qwen3-8b"), 1, 16).bytes
     assert distiller_cost.moved("swiglu", 4096, DistillerConfig()) == pytest.approx(whole)
+    assert round(whole / distiller_cost.moved("rls", 4096, config)) == 7                # the README's seventh
     assert distiller_cost.main(["--widths", "8", "--rows", "3", "--rounds", "1",
                                 "--out", str(tmp_path / "cost.json")]) == 0
     report = json.loads((tmp_path / "cost.json").read_text())
